@@ -1,0 +1,21 @@
+"""megakd: distil large GPT models into small ones with Megatron-style parallelism."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from megakd._version import __version__
+
+if TYPE_CHECKING:
+    from megakd.training import DistillResult, distill
+
+__all__ = ["DistillResult", "__version__", "distill"]
+
+
+def __getattr__(name: str) -> Any:
+    # torch and megatron-core are imported only by who trains: `config` and `--help` answer at once.
+    if name in ("DistillResult", "distill"):
+        from megakd import training
+
+        return getattr(training, name)
+    raise AttributeError(f"module 'megakd' has no attribute {name!r}")

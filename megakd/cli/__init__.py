@@ -1,0 +1,1 @@
+"""Commands of `python -m megakd` and the launcher that starts ranks."""

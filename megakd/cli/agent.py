@@ -1,0 +1,61 @@
+"""torchrun in a process of its own: its log goes to a file and its failure table becomes data."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+
+from megakd.cli.failures import AGENT_LOG, RankExit, save_rank_exits
+from megakd.cli.processes import adopted_orphans, die_with_parent
+
+
+def main(argv: list[str]) -> int:
+    """Run `argv` = (JSON of launcher_pid, log_dir, scratch_dir, nproc_per_node, max_restarts; module; arguments)."""
+    options = json.loads(argv[0])
+    # Not SIGKILL: torchrun must live on to end the ranks and what they started.
+    die_with_parent(options["launcher_pid"], signal.SIGTERM)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import parse_args, run
+
+    log_dir = Path(options["log_dir"])
+    _log_to_file(log_dir / AGENT_LOG)
+    rank_options = json.dumps({"agent_pid": os.getpid(), "log_dir": str(log_dir)})
+    arguments = [
+        "--standalone",
+        "--local-addr=127.0.0.1",
+        f"--nproc-per-node={options['nproc_per_node']}",
+        f"--max-restarts={options['max_restarts']}",
+        f"--log-dir={options['scratch_dir']}",
+        *("-m", "megakd.cli.rank", rank_options, *argv[1:]),
+    ]
+    try:
+        with adopted_orphans():
+            run(parse_args(arguments))
+    except ChildFailedError as error:
+        save_rank_exits(log_dir, [RankExit(rank, f.timestamp, f.exitcode) for rank, f in error.failures.items()])
+        return 1
+    except SignalException as error:
+        return 128 + int(error.sigval)
+    return 0
+
+
+def _log_to_file(path: Path) -> None:
+    for name in [name for name in logging.root.manager.loggerDict if name.split(".")[0] == "torch"]:
+        logger = logging.getLogger(name)
+        logger.handlers.clear()
+        logger.propagate = True
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.root.addHandler(handler)
+    logging.captureWarnings(True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

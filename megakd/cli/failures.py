@@ -1,0 +1,103 @@
+"""What a failed job leaves in its log folder, and which of its failures came first."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+AGENT_RECORD = "failures.json"
+AGENT_LOG = "torchrun.log"
+
+# Never the consequence of another rank's failure, unlike SIGABRT (a communication watchdog) or SIGTERM (torchrun).
+_CRASH_SIGNALS = {signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE}
+# torchrun gives ranks 30 s to end before it kills them itself; those deaths are consequences too.
+_SAME_MOMENT_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class RankError:
+    """An exception that ended a rank. `time` is seconds since the epoch."""
+
+    rank: int
+    time: float
+    message: str
+    user_error: bool
+    traceback: str
+
+
+@dataclass(frozen=True)
+class RankExit:
+    """A rank's exit as torchrun saw it; a negative `exitcode` is a signal."""
+
+    rank: int
+    time: float
+    exitcode: int
+
+    def __str__(self) -> str:
+        if self.exitcode >= 0:
+            return f"rank {self.rank} ended with status {self.exitcode} and no message"
+        name = signal.Signals(-self.exitcode).name
+        hint = "; the kernel does this when memory runs out" if name == "SIGKILL" else ""
+        return f"rank {self.rank} was killed by {name}{hint}"
+
+
+def rank_record(log_dir: Path, rank: int) -> Path:
+    """The file that holds the exception which ended `rank`."""
+    return log_dir / f"rank-{rank}.error"
+
+
+def save_rank_error(log_dir: Path, error: RankError) -> None:
+    """Write a rank's record whole or not at all: the rank may be killed meanwhile."""
+    _write_whole(rank_record(log_dir, error.rank), json.dumps(asdict(error)))
+
+
+def save_rank_exits(log_dir: Path, exits: list[RankExit]) -> None:
+    """Write what torchrun saw."""
+    _write_whole(log_dir / AGENT_RECORD, json.dumps([asdict(e) for e in exits]))
+
+
+def clear_records(log_dir: Path) -> None:
+    """Remove what an earlier job left."""
+    for path in [*log_dir.glob("rank-*.error"), log_dir / AGENT_RECORD, log_dir / AGENT_LOG]:
+        path.unlink(missing_ok=True)
+
+
+def load_rank_errors(log_dir: Path) -> list[RankError]:
+    """The ranks' exceptions, earliest first."""
+    errors = [RankError(**json.loads(path.read_text())) for path in log_dir.glob("rank-*.error")]
+    return sorted(errors, key=lambda error: error.time)
+
+
+def load_rank_exits(log_dir: Path) -> list[RankExit]:
+    """The ranks' exits, without those that torchrun brought about later."""
+    path = log_dir / AGENT_RECORD
+    exits = [RankExit(**entry) for entry in json.loads(path.read_text())] if path.exists() else []
+    first = min((e.time for e in exits), default=0.0)
+    return [e for e in exits if e.time <= first + _SAME_MOMENT_SECONDS]
+
+
+def first_failure(errors: list[RankError], exits: list[RankExit]) -> RankError | RankExit | None:
+    """The failure the others followed from; None where no rank failed.
+
+    A rank that crashed leaves no time of its own, but the exceptions of its peers ("connection closed") are what
+    follows a crash and never what causes one. So a crash comes first, then the earliest exception.
+    """
+    crashes = [e for e in exits if -e.exitcode in _CRASH_SIGNALS]
+    user_errors = [error for error in errors if error.user_error]
+    if user_errors:
+        return user_errors[0]
+    if crashes:
+        return crashes[0]
+    if errors:
+        return errors[0]
+    others = [e for e in exits if e.exitcode != -signal.SIGTERM]
+    return next(iter(others or exits), None)
+
+
+def _write_whole(path: Path, text: str) -> None:
+    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    partial.write_text(text)
+    os.replace(partial, path)

@@ -1,0 +1,142 @@
+"""Starts the ranks of a job, waits for them, and tells in one line how it ended."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from megakd.cli.failures import (
+    AGENT_LOG,
+    RankError,
+    clear_records,
+    first_failure,
+    load_rank_errors,
+    load_rank_exits,
+)
+from megakd.cli.processes import adopted_orphans
+from megakd.config.load import dump_config
+from megakd.config.schema import Config
+
+_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_POLL_SECONDS = 0.2
+# torchrun itself gives ranks 30 s to end after a signal.
+_GRACE_SECONDS = 40.0
+
+
+def run_action(action: str, config: Config, world_size: int, max_restarts: int = 0) -> int:
+    """Save the resolved configuration in the run's folder, run an action of `megakd.cli.worker` on every rank.
+
+    Returns the exit status, see `launch_ranks`.
+    """
+    folder = Path(config.run.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "config.yaml"
+    partial = path.with_name(f"config.yaml.partial-{os.getpid()}")
+    partial.write_text(dump_config(config), encoding="utf-8")
+    os.replace(partial, path)
+    return launch_ranks(["megakd.cli.worker", action, str(path)], world_size, folder / "logs", max_restarts)
+
+
+def launch_ranks(command: list[str], nproc_per_node: int, log_dir: Path | str, max_restarts: int = 0) -> int:
+    """Run `command` = (module, arguments) on every rank under torchrun and return the status to exit with.
+
+    The module's `main(args)` runs in each rank. The status is 0 for success, 2 where a rank raised UserError, 1 for
+    any other failure, 128 + n after signal n. The last line on standard error names the failure the others followed
+    from. No process of the job is left when this returns, nor soon after this process is killed. SIGINT, SIGTERM and
+    SIGHUP are forwarded to the ranks, a second one kills them. Call it from the main thread. `log_dir` receives
+    torchrun's log and one file per failed rank.
+    """
+    log_dir = Path(log_dir).resolve()
+    log_dir.mkdir(parents=True, exist_ok=True)
+    clear_records(log_dir)
+    with tempfile.TemporaryDirectory(prefix="megakd-") as scratch_dir, _recorded_signals() as received:
+        options = {
+            "launcher_pid": os.getpid(),
+            "log_dir": str(log_dir),
+            "scratch_dir": scratch_dir,
+            "nproc_per_node": nproc_per_node,
+            "max_restarts": max_restarts,
+        }
+        with adopted_orphans():
+            agent = subprocess.Popen(
+                [sys.executable, "-m", "megakd.cli.agent", json.dumps(options), *command],
+                env=_environment(nproc_per_node),
+                start_new_session=True,
+            )
+            _wait(agent, received, log_dir)
+        status = agent.wait()
+    if received:
+        print(f"stopped by {signal.Signals(received[0]).name}; all ranks have ended", file=sys.stderr)
+        return 128 + received[0]
+    return 0 if status == 0 else _report_failure(status, log_dir)
+
+
+def _environment(nproc_per_node: int) -> dict[str, str]:
+    """This process's environment, with threads shared out over the ranks and the same megakd importable."""
+    environment = dict(os.environ)
+    cores = len(os.sched_getaffinity(0))
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // nproc_per_node)))
+    source = str(Path(__file__).resolve().parents[2])
+    paths = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path and path != source]
+    environment["PYTHONPATH"] = os.pathsep.join([source, *paths])
+    return environment
+
+
+@contextmanager
+def _recorded_signals() -> Iterator[list[int]]:
+    """A list that receives the numbers of the signals that arrive inside."""
+    received: list[int] = []
+    previous = {number: signal.signal(number, lambda n, _: received.append(n)) for number in _FORWARDED}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _wait(agent: subprocess.Popen[bytes], received: list[int], log_dir: Path) -> None:
+    """Return when the agent has ended or should be killed; pass on the first signal."""
+    deadline: float | None = None
+    while True:
+        try:
+            agent.wait(_POLL_SECONDS)
+            return
+        except subprocess.TimeoutExpired:
+            pass
+        if len(received) > 1 or (deadline is not None and time.monotonic() > deadline):
+            return
+        if deadline is None and received:
+            agent.send_signal(received[0])
+            deadline = time.monotonic() + _GRACE_SECONDS
+        elif deadline is None and any(error.user_error for error in load_rank_errors(log_dir)):
+            # Bad input stays bad: no restart can help.
+            agent.terminate()
+            deadline = time.monotonic() + _GRACE_SECONDS
+
+
+def _report_failure(status: int, log_dir: Path) -> int:
+    """Print the failure the others followed from, its line last; return the exit status."""
+    failure = first_failure(load_rank_errors(log_dir), load_rank_exits(log_dir))
+    if isinstance(failure, RankError) and failure.user_error:
+        print(f"error: {failure.message}", file=sys.stderr)
+        return 2
+    if isinstance(failure, RankError):
+        print(failure.traceback, file=sys.stderr)
+        line = f"rank {failure.rank}: {next(iter(failure.message.strip().splitlines()))}"
+    elif failure is not None:
+        line = str(failure)
+    elif status < 0:
+        line = f"torchrun was killed by {signal.Signals(-status).name}; all ranks were ended"
+    else:
+        line = f"torchrun ended with status {status} before any rank failed"
+    print(f"torchrun's log: {log_dir / AGENT_LOG}", file=sys.stderr)
+    print(f"error: {line}", file=sys.stderr)
+    return 1

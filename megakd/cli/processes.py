@@ -1,0 +1,54 @@
+"""Ties the processes of a job together so that none outlives it. Linux only, like megatron-core's wheels."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+
+import psutil
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+
+
+def _prctl(option: int, value: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(option, ctypes.c_ulong(value), 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), f"prctl({option}, {value}) failed")
+
+
+def die_with_parent(parent_pid: int, number: signal.Signals = signal.SIGKILL) -> None:
+    """Have the kernel send this process the signal as soon as its parent, `parent_pid`, is gone."""
+    _prctl(_PR_SET_PDEATHSIG, number)
+    # The parent may have died before the call above, which then never fires.
+    if os.getppid() != parent_pid:
+        os.kill(os.getpid(), number)
+
+
+@contextmanager
+def adopted_orphans() -> Iterator[None]:
+    """Inside, descendants whose own parent dies become children of this process; at the end all new ones are killed."""
+    before = {process.pid for process in psutil.Process().children(recursive=True)}
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    try:
+        yield
+    finally:
+        _kill_descendants(before)
+        _prctl(_PR_SET_CHILD_SUBREAPER, 0)
+
+
+def _kill_descendants(spared: Collection[int]) -> None:
+    """Kill every descendant but the `spared` ones; again where one forked meanwhile."""
+    for _ in range(20):
+        processes = [p for p in psutil.Process().children(recursive=True) if p.pid not in spared]
+        if not processes:
+            return
+        for process in processes:
+            try:
+                process.kill()
+            except psutil.NoSuchProcess:
+                continue
+        psutil.wait_procs(processes, timeout=1)

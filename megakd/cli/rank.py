@@ -1,0 +1,54 @@
+"""One rank of a job, started by torchrun: runs a worker module's `main(args)` and records how it failed."""
+
+from __future__ import annotations
+
+import faulthandler
+import importlib
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+
+from megakd.cli.failures import RankError, rank_record, save_rank_error
+from megakd.cli.processes import die_with_parent
+from megakd.common.errors import UserError
+
+
+def main(argv: list[str]) -> int:
+    """Run `argv` = (JSON of log_dir and agent_pid, worker module, its arguments)."""
+    options = json.loads(argv[0])
+    die_with_parent(options["agent_pid"])
+    # A rank inside a collective would never see Python's KeyboardInterrupt; the launcher speaks for all ranks.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    faulthandler.enable()
+    rank, log_dir = int(os.environ["RANK"]), Path(options["log_dir"])
+    rank_record(log_dir, rank).unlink(missing_ok=True)
+    try:
+        importlib.import_module(argv[1]).main(argv[2:])
+    except BaseException as error:
+        if isinstance(error, SystemExit) and not error.code:
+            return 0
+        text = "".join(traceback.format_exception(error))
+        record = RankError(rank, time.time(), _describe(error), isinstance(error, UserError), text)
+        save_rank_error(log_dir, record)
+        if int(os.environ["TORCHELASTIC_RESTART_COUNT"]) < int(os.environ["TORCHELASTIC_MAX_RESTARTS"]):
+            # The next attempt overwrites the record.
+            print(text, file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # Tearing down a process group whose peers are gone can hang; a failing rank must end the job at once.
+        os._exit(1)
+    return 0
+
+
+def _describe(error: BaseException) -> str:
+    if isinstance(error, UserError):
+        return str(error)
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

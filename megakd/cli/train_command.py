@@ -1,0 +1,55 @@
+"""`megakd train`: check everything that can be checked without ranks, then start them."""
+
+from __future__ import annotations
+
+import argparse
+
+from megakd.cli.launch import run_action
+from megakd.common.errors import UserError
+from megakd.config.load import load_config
+from megakd.config.schema import ParallelSection
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Declare the command."""
+    parser = subparsers.add_parser("train", help="distil a student as a configuration says")
+    parser.add_argument("config", help="YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+    parser.add_argument("--nproc-per-node", type=int, default=None, help="ranks to start (default: GPUs, or TP x PP)")
+    parser.add_argument("--max-restarts", type=int, default=0, help="times the ranks start again after a failure")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check, then train under torchrun. Returns the exit status."""
+    if args.max_restarts < 0:
+        raise UserError(f"--max-restarts is {args.max_restarts}; it must be at least 0.")
+    return run_configuration("train", args, args.max_restarts)
+
+
+def run_configuration(action: str, args: argparse.Namespace, max_restarts: int = 0) -> int:
+    """Load `args.config` with `args.overrides`, check it, run the action on `args.nproc_per_node` or the default ranks.
+
+    Raises:
+        UserError: the configuration, a file it names or the number of ranks cannot be used; no rank has started.
+    """
+    if args.nproc_per_node is not None and args.nproc_per_node < 1:
+        raise UserError(f"--nproc-per-node is {args.nproc_per_node}; it must be at least 1.")
+    config = load_config(args.config, args.overrides)
+    world_size = choose_world_size(config.parallel, args.nproc_per_node)
+
+    from megakd.training.preflight import preflight
+
+    preflight(config, world_size)
+    return run_action(action, config, world_size, max_restarts=max_restarts)
+
+
+def choose_world_size(parallel: ParallelSection, nproc_per_node: int | None) -> int:
+    """`nproc_per_node` where given, else one rank per GPU, else on CPU the ranks that one model replica needs."""
+    if nproc_per_node is not None:
+        return nproc_per_node
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.device_count()
+    model_ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    return model_ranks * parallel.context_parallel_size

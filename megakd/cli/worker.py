@@ -1,0 +1,29 @@
+"""What a rank does: an action by name on a saved configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from megakd.config.load import load_config
+from megakd.config.schema import Config
+
+
+def _train(config: Config) -> None:
+    from megakd.training.distill import distill
+
+    distill(config)
+
+
+def _evaluate(config: Config) -> None:
+    from megakd.training.distill import evaluate_run
+
+    evaluate_run(config)
+
+
+ACTIONS: dict[str, Callable[[Config], None]] = {"train": _train, "evaluate": _evaluate}
+
+
+def main(args: list[str]) -> None:
+    """Run `args` = (action, path of the configuration)."""
+    action, path = args
+    ACTIONS[action](load_config(path, []))

@@ -1,0 +1,114 @@
+"""What a GPT model looks like, whichever format it came from, in megatron-core's words."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class RopeScaling(BaseModel):
+    """Llama 3.1's frequency scaling; the four numbers of `rope_scaling` in config.json."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    factor: float = Field(gt=0)
+    low_freq_factor: float = Field(gt=0)
+    high_freq_factor: float = Field(gt=0)
+    original_max_position_embeddings: int = Field(gt=0)
+
+    @model_validator(mode="after")
+    def _bands_in_order(self) -> RopeScaling:
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError(
+                f"low_freq_factor ({self.low_freq_factor}) must be below high_freq_factor ({self.high_freq_factor})"
+            )
+        return self
+
+
+def _not_required_in_files(schema: dict[str, Any]) -> None:
+    """Editors that check a file by the JSON schema must not ask for what `_fill_defaults` fills in."""
+    schema["required"] = [key for key in schema["required"] if key not in ("num_query_groups", "kv_channels")]
+
+
+class GPTArchitecture(BaseModel):
+    """Shape and options of a GPT model. `vocab_size` is the true one, before padding."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, json_schema_extra=_not_required_in_files
+    )
+
+    num_layers: int = Field(gt=0)
+    hidden_size: int = Field(gt=0)
+    ffn_hidden_size: int = Field(gt=0, description="Width between the two linear layers of the MLP.")
+    num_attention_heads: int = Field(gt=0)
+    num_query_groups: int = Field(gt=0, description="Key and value heads; num_attention_heads where not given.")
+    kv_channels: int = Field(gt=0, description="Size of a head; hidden_size / num_attention_heads where not given.")
+    vocab_size: int = Field(gt=0, description="True size, before padding.")
+    max_position_embeddings: int = Field(gt=0, description="Tokens the model has positions for.")
+    normalization: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
+    layernorm_epsilon: float = Field(default=1e-5, gt=0)
+    activation: Literal["swiglu", "gelu", "gelu_tanh"] = "swiglu"
+    add_bias_linear: bool = False
+    add_qkv_bias: bool = False
+    qk_layernorm: bool = False
+    position_embedding_type: Literal["rope", "learned_absolute"] = "rope"
+    rotary_base: float = Field(default=10000.0, gt=0)
+    rope_scaling: RopeScaling | None = None
+    share_embeddings_and_output_weights: bool = False
+    init_method_std: float = Field(default=0.02, gt=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_defaults(cls, values: object) -> object:
+        """Head size and query groups follow from hidden size and heads where they are not given."""
+        if isinstance(values, dict):
+            values = dict(values)
+            heads, hidden = values.get("num_attention_heads"), values.get("hidden_size")
+            if isinstance(heads, int) and heads > 0:
+                values.setdefault("num_query_groups", heads)
+                if isinstance(hidden, int) and "kv_channels" not in values:
+                    if hidden % heads:
+                        raise ValueError(
+                            f"hidden_size ({hidden}) must be a multiple of num_attention_heads ({heads}) where "
+                            "kv_channels is not given"
+                        )
+                    values["kv_channels"] = hidden // heads
+        return values
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> GPTArchitecture:
+        if self.num_attention_heads % self.num_query_groups:
+            raise ValueError(
+                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
+                f"num_query_groups ({self.num_query_groups})"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _rope_fits(self) -> GPTArchitecture:
+        if self.position_embedding_type == "rope" and self.kv_channels % 2:
+            raise ValueError(f"kv_channels ({self.kv_channels}) must be even: rope turns pairs of channels")
+        if self.position_embedding_type != "rope" and self.rope_scaling is not None:
+            raise ValueError(
+                f"rope_scaling has no effect with position_embedding_type {self.position_embedding_type}; leave it out"
+            )
+        return self
+
+    def num_parameters(self) -> int:
+        """Parameters of the unpadded model."""
+        h, q = self.hidden_size, self.num_attention_heads * self.kv_channels
+        kv = self.num_query_groups * self.kv_channels
+        norm = h * (2 if self.normalization == "LayerNorm" else 1)
+        attention = h * (q + 2 * kv) + q * h
+        mlp = h * self.ffn_hidden_size * (3 if self.activation == "swiglu" else 2)
+        bias = 0
+        if self.add_qkv_bias or self.add_bias_linear:
+            bias += q + 2 * kv
+        if self.add_bias_linear:
+            bias += 2 * h + self.ffn_hidden_size * (2 if self.activation == "swiglu" else 1)
+        per_layer = attention + mlp + bias + 2 * norm + (2 * self.kv_channels if self.qk_layernorm else 0)
+        embeddings = self.vocab_size * h * (1 if self.share_embeddings_and_output_weights else 2)
+        if self.position_embedding_type == "learned_absolute":
+            embeddings += self.max_position_embeddings * h
+        return self.num_layers * per_layer + embeddings + norm

@@ -1,0 +1,165 @@
+"""Every key a configuration file may hold. Units and defaults stand beside each key."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from megakd.config.architecture import GPTArchitecture
+
+
+class Section(BaseModel):
+    """A part of the configuration: unknown keys are errors, values never change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class RunSection(Section):
+    """Where the run's files go and what fixes its randomness."""
+
+    name: str = Field(default="distill", min_length=1, description="Name of the run.")
+    output_dir: str = Field(description="Folder of the run: checkpoints, metrics, the exported student.")
+    seed: int = Field(default=1234, ge=0, lt=2**32, description="Seed of initialisation and of the order of samples.")
+    dtype: Literal["fp32", "bf16"] = Field(
+        default="fp32", description="Student's weights and activations; bf16 keeps fp32 main weights and gradients."
+    )
+    layer_spec: Literal["auto", "local", "transformer_engine"] = Field(
+        default="auto", description="Layers: ours on torch, Transformer Engine's, or whichever is installed."
+    )
+    export: bool = Field(default=True, description="Write the student as a Hugging Face folder at the end.")
+
+
+class StudentInit(Section):
+    """Start the student from the weights of a Hugging Face model."""
+
+    path: str = Field(description="Hugging Face folder of safetensors.")
+    layers: list[Annotated[int, Field(ge=0)]] | None = Field(
+        default=None,
+        min_length=1,
+        description="Layers kept, in this order, counted from 0 (depth pruning). All where not given.",
+    )
+
+
+class StudentSection(Section):
+    """The model that is trained: from a Hugging Face folder (`init`) or new (`architecture`)."""
+
+    init: StudentInit | None = Field(default=None, description="Initialise from a Hugging Face folder.")
+    architecture: GPTArchitecture | None = Field(default=None, description="Shape of a randomly initialised student.")
+    make_vocab_size_divisible_by: int = Field(
+        default=128, gt=0, description="Embedding rows are padded to a multiple of this, at every TP size alike."
+    )
+    recompute_granularity: Literal["none", "selective", "full"] = Field(
+        default="none", description="Activations computed again in backward: none, core attention, or whole layers."
+    )
+
+
+class TeacherSection(Section):
+    """The model that is learnt from."""
+
+    path: str = Field(description="Hugging Face folder of safetensors.")
+    dtype: Literal["fp32", "bf16"] | None = Field(default=None, description="Defaults to run.dtype.")
+
+
+class ParallelSection(Section):
+    """Layout of the student over ranks; data parallelism takes the ranks that are left."""
+
+    tensor_model_parallel_size: int = Field(default=1, gt=0)
+    pipeline_model_parallel_size: int = Field(default=1, gt=0)
+    context_parallel_size: int = Field(default=1, gt=0, description="Needs Transformer Engine; only 1 is built so far.")
+    sequence_parallel: bool = Field(default=False, description="Split norms and residuals along the sequence over TP.")
+    num_layers_in_first_pipeline_stage: int | None = Field(default=None, gt=0, description="The student's.")
+    num_layers_in_last_pipeline_stage: int | None = Field(default=None, gt=0, description="The student's.")
+
+
+class DistillSection(Section):
+    """The objective: kd_weight * T^2 * divergence + ce_weight * cross-entropy, per token."""
+
+    loss: Literal["forward_kl"] = Field(default="forward_kl", description="Divergence from the teacher.")
+    kd_weight: float = Field(default=1.0, ge=0)
+    ce_weight: float = Field(default=0.0, ge=0)
+    temperature: float = Field(default=1.0, description="Divides both models' logits in the divergence; above 0.")
+    temperature_squared: bool = Field(default=True, description="Multiply the divergence by temperature squared.")
+    loss_chunk_mib: int | None = Field(
+        default=None, gt=0, description="Memory for a chunk of logits, MiB; 64 on CPU and 1024 on GPU where not given."
+    )
+
+
+class DataSection(Section):
+    """Token files written by tools/preprocess_data.py and how they are cut."""
+
+    train: str = Field(description="Path of the .bin/.idx pair without its ending.")
+    valid: str | None = Field(default=None, description="Held-out pair; or give `valid_fraction`.")
+    valid_fraction: float | None = Field(
+        default=None, gt=0, lt=1, description="Share of the training file's samples, from its end, that is held out."
+    )
+    sequence_length: int = Field(gt=0, description="Tokens per sample.")
+    micro_batch_size: int = Field(default=1, gt=0, description="Samples per forward pass and rank.")
+    global_batch_size: int = Field(gt=0, description="Samples per optimizer step over all ranks.")
+
+
+class OptimizerSection(Section):
+    """Adam with decoupled weight decay, none on biases and norms."""
+
+    lr: float = Field(gt=0, description="Peak learning rate.")
+    min_lr: float = Field(default=0.0, ge=0)
+    weight_decay: float = Field(default=0.1, ge=0)
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    adam_beta2: float = Field(default=0.95, ge=0, lt=1)
+    adam_eps: float = Field(default=1e-8, gt=0)
+    clip_grad: float = Field(default=1.0, ge=0, description="Global gradient norm; 0 leaves gradients as they are.")
+    use_distributed_optimizer: bool = Field(default=False, description="Shard optimizer state over data ranks.")
+    overlap_grad_reduce: bool = Field(default=False, description="Reduce gradients while backward runs.")
+    overlap_param_gather: bool = Field(
+        default=False, description="Gather parameters while forward runs; needs the distributed optimizer."
+    )
+
+
+class ScheduleSection(Section):
+    """Length of the run (exactly one of steps, tokens, epochs) and the learning rate's course."""
+
+    train_steps: int | None = Field(default=None, gt=0)
+    train_tokens: int | None = Field(default=None, gt=0)
+    train_epochs: float | None = Field(default=None, gt=0)
+    lr_decay_style: Literal["constant", "cosine", "linear"] = "cosine"
+    lr_warmup_steps: int = Field(default=0, ge=0)
+
+
+class CheckpointSection(Section):
+    """Distributed checkpoints of student, optimizer and position, in <run.output_dir>/checkpoints."""
+
+    save_interval: int | None = Field(default=None, gt=0, description="Steps between checkpoints.")
+    save_at_end: bool = Field(default=True)
+    resume: bool = Field(default=True, description="Go on from the newest checkpoint in the run's folder, if any.")
+
+
+class LoggingSection(Section):
+    """What is written while the run goes on."""
+
+    log_interval: int = Field(default=10, gt=0, description="Steps per line on the console.")
+    tensorboard: bool = Field(default=True, description="Write TensorBoard events to <run.output_dir>/tensorboard.")
+
+
+class EvaluationSection(Section):
+    """Measurements on held-out data."""
+
+    interval: int | None = Field(default=None, gt=0, description="Steps between evaluations; also at start and end.")
+    at_start: bool = Field(default=False, description="Evaluate before the first step.")
+    at_end: bool = Field(default=False, description="Evaluate after the last step.")
+    max_tokens: int | None = Field(default=None, gt=0, description="Held-out tokens used; all where not given.")
+
+
+class Config(Section):
+    """A whole run."""
+
+    run: RunSection
+    student: StudentSection
+    teacher: TeacherSection | None = None
+    parallel: ParallelSection = ParallelSection()
+    distill: DistillSection = DistillSection()
+    data: DataSection
+    optimizer: OptimizerSection
+    schedule: ScheduleSection
+    checkpoint: CheckpointSection = CheckpointSection()
+    logging: LoggingSection = LoggingSection()
+    evaluation: EvaluationSection = EvaluationSection()

@@ -1,0 +1,15 @@
+"""Hugging Face folders in and out: a table per model family, the algebra in mapping classes."""
+
+from megakd.convert.exporting import export_hf
+from megakd.convert.hf_config import architecture_from_hf, hf_config_from_architecture, read_hf_config
+from megakd.convert.importing import check_hf_weights, load_hf_head, load_hf_weights
+
+__all__ = [
+    "architecture_from_hf",
+    "check_hf_weights",
+    "export_hf",
+    "hf_config_from_architecture",
+    "load_hf_head",
+    "load_hf_weights",
+    "read_hf_config",
+]

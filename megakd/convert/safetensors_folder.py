@@ -1,0 +1,110 @@
+"""A Hugging Face folder's weights: one safetensors file or several with an index, read slice by slice."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megakd.common.errors import UserError, nearest
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+
+class SafetensorsFolder:
+    """Weights by name; a file is mapped when first asked for and only its header and the slices asked for are read.
+
+    Raises:
+        UserError: the folder, a file or a weight is missing or damaged, or the weights are pickled.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise UserError(f"{self.path} is not a folder. Give a local Hugging Face folder with {SINGLE_FILE}.")
+        # safe_open's methods carry no annotations.
+        self._handles: dict[str, Any] = {}
+        self._file_of: dict[str, str] = {}
+        if (self.path / SINGLE_FILE).is_file():
+            self._file_of = dict.fromkeys(self._open(SINGLE_FILE).keys(), SINGLE_FILE)
+        elif (self.path / INDEX_FILE).is_file():
+            self._file_of = self._read_index()
+        else:
+            raise UserError(self._no_safetensors())
+
+    def __enter__(self) -> SafetensorsFolder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._handles.clear()
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all weights."""
+        return list(self._file_of)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a weight, from its file's header."""
+        return tuple(self._slice(name).get_shape())
+
+    def dtype(self, name: str) -> str:
+        """Safetensors' word for a weight's type, such as BF16."""
+        return str(self._slice(name).get_dtype())
+
+    def read(self, name: str, slices: tuple[slice, ...] | None = None) -> Tensor:
+        """Read a weight, or only its part in `slices`, one slice per leading dim."""
+        part: Tensor = self._slice(name)[slices or (slice(None),)]
+        return part
+
+    def _slice(self, name: str) -> Any:
+        if name not in self._file_of:
+            raise UserError(f"{self.path} has no weight {name}.{nearest(name, self._file_of)}")
+        return self._open(self._file_of[name]).get_slice(name)
+
+    def _open(self, file: str) -> Any:
+        if file not in self._handles:
+            try:
+                handle: Any = safe_open(str(self.path / file), framework="pt", device="cpu")
+            except (SafetensorError, OSError) as error:
+                raise UserError(
+                    f"{self.path / file} is not a whole safetensors file ({error}). Download or save it again."
+                ) from error
+            present = set(handle.keys())
+            for name, named_file in self._file_of.items():
+                if named_file == file and name not in present:
+                    raise UserError(f"{self.path / INDEX_FILE} puts weight {name} in {file}, which does not hold it.")
+            self._handles[file] = handle
+        return self._handles[file]
+
+    def _read_index(self) -> dict[str, str]:
+        index = self.path / INDEX_FILE
+        try:
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            names = {str(name): str(file) for name, file in weight_map.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{index} is not an index of safetensors: it must be JSON with `weight_map`.") from error
+        for name, file in names.items():
+            # An index is data from elsewhere: it may name files of its own folder only.
+            if Path(file).name != file or not (self.path / file).is_file():
+                raise UserError(
+                    f"{index} puts weight {name} in {file}, which is not in the folder. Download the folder again."
+                )
+        return names
+
+    def _no_safetensors(self) -> str:
+        pickled = sorted(
+            entry.name for entry in self.path.iterdir() if entry.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+        )
+        if pickled:
+            return (
+                f"{self.path} holds pickled weights only ({pickled[0]}), which can run code when loaded and are never "
+                "read. Convert them with transformers' save_pretrained(..., safe_serialization=True)."
+            )
+        return f"{self.path} has neither {SINGLE_FILE} nor {INDEX_FILE}."

@@ -1,0 +1,78 @@
+"""What a model family's table is made of: rows for weights, keys for config.json."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from megakd.convert.mappings import WeightMapping
+from megakd.models.sharding import layer_of
+
+
+@dataclass(frozen=True)
+class Row:
+    """One parameter and the Hugging Face weights it is made of; `{i}` stands for the layer."""
+
+    canonical_pattern: str
+    hf_patterns: tuple[str, ...]
+    mapping: WeightMapping
+
+    def hf_names(self, layer: int | None) -> tuple[str, ...]:
+        """Names of the weights in this layer."""
+        return tuple(pattern.replace("{i}", str(layer)) for pattern in self.hf_patterns)
+
+
+@dataclass(frozen=True)
+class ConfigKey:
+    """The keys of config.json that hold one field of the architecture; several must hold the same value.
+
+    `default` is the family's own for an absent key, None where a model without it cannot be read.
+    """
+
+    names: tuple[str, ...]
+    default: int | float | bool | None = None
+
+
+@dataclass(frozen=True)
+class Family:
+    """One Hugging Face architecture.
+
+    Args:
+        model_type: config.json's `model_type`.
+        model_class: config.json's `architectures`.
+        fields: architecture fields that config.json holds.
+        fixed: architecture fields that every model of the family shares.
+        only: keys of config.json of which one value is expressed exactly; an absent key means it.
+        rows: weights, one row per parameter.
+        ignored: patterns of weights that hold nothing learnt.
+        heads_divide_hidden_size: transformers refuses a config.json where hidden_size is no multiple of the heads.
+    """
+
+    model_type: str
+    model_class: str
+    fields: Mapping[str, ConfigKey]
+    fixed: Mapping[str, object]
+    only: Mapping[str, object]
+    rows: tuple[Row, ...]
+    ignored: tuple[str, ...] = ()
+    heads_divide_hidden_size: bool = False
+
+    def row_of(self, name: str) -> Row:
+        """The row of a parameter.
+
+        Raises:
+            KeyError: the family has no such parameter.
+        """
+        layer = layer_of(name)
+        pattern = name if layer is None else name.replace(f"layers.{layer}.", "layers.{i}.", 1)
+        for row in self.rows:
+            if row.canonical_pattern == pattern:
+                return row
+        raise KeyError(f"{self.model_type} has no parameter {name}")
+
+    def ignores(self, hf_name: str) -> bool:
+        """Whether a weight of the folder is passed over."""
+        return any(
+            re.fullmatch(re.escape(pattern).replace(r"\{i\}", r"\d+"), hf_name) is not None for pattern in self.ignored
+        )

@@ -1,0 +1,1 @@
+"""Token files, the samples cut from them, and the batches every rank reads."""

@@ -1,0 +1,148 @@
+"""Microbatches of a training step or of an evaluation, as one data-parallel rank reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from megakd.common.errors import UserError
+from megakd.data.samples import SampleOrder, TokenSamples
+
+Batch = dict[str, torch.Tensor]
+
+
+def collate(samples: TokenSamples, ids: Sequence[int] | NDArray[np.int64], device: torch.device | str = "cpu") -> Batch:
+    """Stack samples: tokens, labels, position_ids int64 and loss_mask float32 [b, s], sample_ids int64 [b]."""
+    sample_ids = np.array(ids, dtype=np.int64)
+    stacked = torch.from_numpy(np.stack([samples.tokens(int(i)) for i in sample_ids]))
+    tokens = stacked[:, :-1].contiguous()
+    batch = {
+        "tokens": tokens,
+        "labels": stacked[:, 1:].contiguous(),
+        "loss_mask": torch.ones(tokens.shape, dtype=torch.float32),
+        "position_ids": torch.arange(tokens.shape[1]).expand(tokens.shape).contiguous(),
+        "sample_ids": torch.from_numpy(sample_ids),
+    }
+    return _move(batch, device)
+
+
+def count_microbatches(global_batch_size: int, micro_batch_size: int, data_parallel_size: int) -> int:
+    """Microbatches per rank and step; UserError unless the global batch divides evenly."""
+    unit = micro_batch_size * data_parallel_size
+    if global_batch_size % unit:
+        below = global_batch_size // unit * unit
+        choices = f"{below} or {below + unit}" if below else f"{unit}"
+        raise UserError(
+            f"data.global_batch_size is {global_batch_size}; it must be a multiple of data.micro_batch_size x "
+            f"data-parallel ranks = {micro_batch_size} x {data_parallel_size} = {unit}. "
+            f"Use {choices}, or another micro_batch_size."
+        )
+    return global_batch_size // unit
+
+
+class TrainBatches:
+    """The training microbatches of one data-parallel rank; a thread reads the next step ahead.
+
+    Step n is the order's positions [n*gbs, (n+1)*gbs): the same samples in every layout. Within it, microbatch m
+    of rank d is the positions that begin at (m*dp + d)*mbs. Raises UserError where gbs is no multiple of mbs*dp.
+    """
+
+    def __init__(
+        self,
+        samples: TokenSamples,
+        order: SampleOrder,
+        *,
+        micro_batch_size: int,
+        global_batch_size: int,
+        data_parallel_rank: int,
+        data_parallel_size: int,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        assert order.num_samples == samples.num_samples, "the order is over these samples"
+        assert 0 <= data_parallel_rank < data_parallel_size, (data_parallel_rank, data_parallel_size)
+        self.num_microbatches = count_microbatches(global_batch_size, micro_batch_size, data_parallel_size)
+        self._samples = samples
+        self._order = order
+        self._micro_batch_size = micro_batch_size
+        self._global_batch_size = global_batch_size
+        self._rank = data_parallel_rank
+        self._ranks = data_parallel_size
+        self._device = device
+        self._thread: ThreadPoolExecutor | None = None
+        self._ahead: dict[int, Future[list[Batch]]] = {}
+
+    def microbatches(self, step: int) -> list[Batch]:
+        """This rank's microbatches of optimizer step `step`, counted from 0; any step may be asked for."""
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="megakd-data")
+        # All reading happens on the one thread, so the order's cache needs no lock.
+        reading = self._ahead.pop(step, None) or self._thread.submit(self._read, step)
+        for stale in self._ahead.values():
+            stale.cancel()
+        self._ahead = {step + 1: self._thread.submit(self._read, step + 1)}
+        # Copies start here: a new thread's current device is not the rank's.
+        return [_move(batch, self._device) for batch in reading.result()]
+
+    def close(self) -> None:
+        """Stop the thread; a later `microbatches` starts another."""
+        if self._thread is not None:
+            self._thread.shutdown(wait=True, cancel_futures=True)
+        self._thread = None
+        self._ahead = {}
+
+    def _read(self, step: int) -> list[Batch]:
+        ids = self._samples.first + self._order.sample_ids(step * self._global_batch_size, self._global_batch_size)
+        mine = ids.reshape(self.num_microbatches, self._ranks, self._micro_batch_size)[:, self._rank]
+        return [collate(self._samples, row) for row in mine]
+
+
+class EvaluationBatches:
+    """Held-out samples in file order, every token counted exactly once over the data-parallel ranks.
+
+    Each rank iterates over the same number of microbatches of the same shape. Where the samples run out, the last
+    one fills up with loss_mask 0 (its sample_ids stay true). `max_tokens` stops the count there, by the mask.
+    `num_tokens` is the number of tokens counted, over all ranks.
+    """
+
+    def __init__(
+        self,
+        samples: TokenSamples,
+        *,
+        micro_batch_size: int,
+        data_parallel_rank: int,
+        data_parallel_size: int,
+        max_tokens: int | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        assert 0 <= data_parallel_rank < data_parallel_size, (data_parallel_rank, data_parallel_size)
+        length = samples.sequence_length
+        available = samples.num_samples * length
+        self.num_tokens = available if max_tokens is None else min(max_tokens, available)
+        self.num_samples = -(-self.num_tokens // length)
+        self.num_microbatches = -(-self.num_samples // (micro_batch_size * data_parallel_size))
+        self._samples = samples
+        self._micro_batch_size = micro_batch_size
+        self._rank = data_parallel_rank
+        self._ranks = data_parallel_size
+        self._device = device
+
+    def __len__(self) -> int:
+        return self.num_microbatches
+
+    def __iter__(self) -> Iterator[Batch]:
+        length = self._samples.sequence_length
+        for m in range(self.num_microbatches):
+            start = (m * self._ranks + self._rank) * self._micro_batch_size
+            places = np.arange(start, start + self._micro_batch_size, dtype=np.int64)
+            batch = collate(self._samples, self._samples.first + np.minimum(places, self.num_samples - 1))
+            token_places = torch.from_numpy(places)[:, None] * length + torch.arange(length)  # [b, s]
+            batch["loss_mask"] = (token_places < self.num_tokens).to(torch.float32)
+            yield _move(batch, self._device)
+
+
+def _move(batch: Batch, device: torch.device | str) -> Batch:
+    return {name: tensor.to(device) for name, tensor in batch.items()}

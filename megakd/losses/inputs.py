@@ -1,0 +1,117 @@
+"""Checks of what a loss is given, and its settings in the form that the chunks need."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from megakd.losses.chunking import chunk_rows
+from megakd.losses.divergences import get_divergence
+from megakd.losses.rows import Objective
+from megakd.losses.shards import build_shard, compute_dtype, gather_sequence
+from megakd.losses.signals import DenseSignal
+
+
+@dataclass(frozen=True)
+class LossInputs:
+    """Checked inputs of one call; labels and token_weights are [n] on every tensor rank."""
+
+    objective: Objective
+    kd_factor: float
+    labels: Tensor
+    token_weights: Tensor
+    signal: DenseSignal | None
+    chunk_rows: int
+    sequence_parallel: bool
+
+    def gather(self, hidden: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """All n rows of the student's hidden states and of the teacher's, and the teacher's head."""
+        group = self.objective.shard.group if self.sequence_parallel else None
+        hidden = gather_sequence(hidden.detach(), group)
+        if self.signal is None:
+            return hidden, None, None
+        return hidden, gather_sequence(self.signal.hidden.detach(), group), self.signal.head.detach()
+
+
+def build_inputs(
+    student_hidden: Tensor,
+    student_head: Tensor,
+    labels: Tensor,
+    token_weights: Tensor,
+    signal: DenseSignal | None,
+    *,
+    kd_weight: float,
+    ce_weight: float,
+    vocab_size: int,
+    temperature: float,
+    temperature_squared: bool,
+    divergence: str,
+    tp_group: ProcessGroup | None,
+    sequence_parallel: bool,
+    chunk_mib: int | None,
+) -> LossInputs:
+    """Check everything and choose the chunk; see `distillation_loss` for the arguments. Raises ValueError."""
+    known = get_divergence(divergence)
+    if not 0.0 < temperature < float("inf"):
+        raise ValueError(f"temperature is {temperature}; it must be > 0. Use 1.0 to leave the logits unscaled.")
+    if signal is None and kd_weight != 0.0:
+        raise ValueError(f"kd_weight is {kd_weight} without a teacher signal; it must be 0 for cross-entropy alone.")
+    shard = build_shard(student_head.shape[0], vocab_size, tp_group)
+    shards = shard.tp_size if sequence_parallel else 1
+    _check_shapes(student_hidden, student_head, labels, token_weights, signal, shards)
+    _check_labels(labels, token_weights, vocab_size)
+
+    tempered = 1.0 if signal is None else temperature
+    kd_factor = kd_weight * tempered**2 if temperature_squared else kd_weight
+    objective = Objective(shard, None if signal is None else known, tempered, kd_factor / tempered, ce_weight)
+    element_size = compute_dtype(student_hidden, *([] if signal is None else [signal.hidden])).itemsize
+    rows = chunk_rows(
+        labels.shape[0],
+        shard.width,
+        device_type=student_hidden.device.type,
+        chunk_mib=chunk_mib,
+        element_size=element_size,
+    )
+    # A slice step of 0 is refused, also where there is nothing to step over.
+    return LossInputs(objective, kd_factor, labels, token_weights, signal, max(1, rows), sequence_parallel)
+
+
+def _check_shapes(
+    hidden: Tensor, head: Tensor, labels: Tensor, token_weights: Tensor, signal: DenseSignal | None, shards: int
+) -> None:
+    rows = labels.shape[0]
+    _check(labels, "labels", [rows])
+    _check(token_weights, "token_weights", [rows])
+    if rows % shards:
+        raise ValueError(f"labels has {rows} rows; sequence parallelism wants a multiple of the {shards} tensor ranks.")
+    _check(hidden, "student_hidden", [rows // shards, head.shape[-1]])
+    if signal is not None:
+        _check(signal.head, "signal.head", [head.shape[0], signal.head.shape[-1]])
+        _check(signal.hidden, "signal.hidden", [rows // shards, signal.head.shape[-1]])
+        _check_same_dtype("signal.hidden", signal.hidden, "signal.head", signal.head)
+    _check_same_dtype("student_hidden", hidden, "student_head", head)
+
+
+def _check(tensor: Tensor, name: str, shape: list[int]) -> None:
+    if list(tensor.shape) != shape:
+        raise ValueError(f"{name} is {list(tensor.shape)}; it must be {shape} to fit the labels and the heads.")
+
+
+def _check_same_dtype(first_name: str, first: Tensor, second_name: str, second: Tensor) -> None:
+    if first.dtype != second.dtype:
+        raise ValueError(f"{first_name} is {first.dtype} and {second_name} {second.dtype}; cast one of them.")
+
+
+def _check_labels(labels: Tensor, token_weights: Tensor, vocab_size: int) -> None:
+    """Refuse labels outside the vocabulary that have a weight."""
+    wrong = ((labels < 0) | (labels >= vocab_size)) & (token_weights != 0)
+    rule = f"labels with a weight must be at least 0 and below vocab_size {vocab_size}"
+    if labels.is_cuda:
+        # Reading the answer would make the host wait for the device in every microbatch.
+        torch._assert_async(~wrong.any(), rule)
+    elif wrong.any():
+        row = int(wrong.nonzero()[0])
+        raise ValueError(f"label {int(labels[row])} in row {row}: {rule}. Mask the token or check the tokenizer.")

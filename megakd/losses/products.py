@@ -1,0 +1,35 @@
+"""The matrix products between hidden states, heads and logits, with results in the compute dtype."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def project_(logits: Tensor, hidden: Tensor, head: Tensor) -> None:
+    """logits [c, v/tp] = hidden [c, h] head^T, where head is [v/tp, h]."""
+    _product_(logits, hidden, head.t())
+
+
+def project_back_(hidden_gradient: Tensor, logits_gradient: Tensor, head: Tensor) -> None:
+    """hidden_gradient [c, h] = logits_gradient [c, v/tp] head [v/tp, h]."""
+    _product_(hidden_gradient, logits_gradient.to(head.dtype), head)
+
+
+def add_head_gradient_(head_gradient: Tensor, logits_gradient: Tensor, hidden: Tensor, scale: float) -> None:
+    """head_gradient [v/tp, h] += scale * logits_gradient^T [v/tp, c] hidden [c, h]."""
+    if hidden.dtype != head_gradient.dtype and hidden.is_cuda:
+        narrow = logits_gradient.to(hidden.dtype).t()
+        torch.addmm(head_gradient, narrow, hidden, head_gradient.dtype, alpha=scale, out=head_gradient)
+    else:
+        head_gradient.addmm_(logits_gradient.t(), hidden.to(head_gradient.dtype), alpha=scale)
+
+
+def _product_(out: Tensor, left: Tensor, right: Tensor) -> None:
+    if left.dtype == out.dtype:
+        torch.mm(left, right, out=out)
+    elif out.is_cuda:
+        torch.mm(left, right, out.dtype, out=out)
+    else:
+        # CPU has no product with a wider result: the product's own rounding is what bf16 costs there.
+        out.copy_(torch.mm(left, right))

@@ -1,0 +1,102 @@
+"""Per-token figures for evaluation, chunk by chunk as the loss."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from megakd.losses.inputs import LossInputs, build_inputs
+from megakd.losses.products import project_
+from megakd.losses.rows import build_buffers, reduce_chunk
+from megakd.losses.shards import VocabularyShard, compute_dtype
+from megakd.losses.signals import DenseSignal, TokenStatistics
+
+
+@torch.no_grad()
+def token_statistics(
+    student_hidden: Tensor,
+    student_head: Tensor,
+    labels: Tensor,
+    token_weights: Tensor,
+    signal: DenseSignal | None,
+    *,
+    vocab_size: int,
+    temperature: float = 1.0,
+    divergence: str = "forward_kl",
+    tp_group: ProcessGroup | None = None,
+    sequence_parallel: bool = False,
+    chunk_mib: int | None = None,
+) -> TokenStatistics:
+    """What `distillation_loss` sums, token by token, and whether teacher and student agree on the likeliest id.
+
+    Inputs are those of `distillation_loss`; token_weights only tell which labels count: rows of weight 0 hold finite
+    figures without meaning where their label is outside the vocabulary. Raises as `distillation_loss` does.
+    """
+    inputs = build_inputs(
+        student_hidden,
+        student_head,
+        labels,
+        token_weights,
+        signal,
+        kd_weight=0.0,
+        ce_weight=1.0,
+        vocab_size=vocab_size,
+        temperature=temperature,
+        temperature_squared=False,
+        divergence=divergence,
+        tp_group=tp_group,
+        sequence_parallel=sequence_parallel,
+        chunk_mib=chunk_mib,
+    )
+    count = labels.shape[0]
+    dtype = compute_dtype(student_hidden, *([] if signal is None else [signal.hidden]))
+    figures = torch.empty((3, count), dtype=dtype, device=student_hidden.device)
+    agree = torch.empty(count, dtype=torch.bool, device=student_hidden.device)
+    _fill(inputs, student_hidden, student_head, figures, agree)
+    kd, ce, teacher_ce = figures.unbind()
+    if signal is None:
+        return TokenStatistics(kd, ce, None, None)
+    return TokenStatistics(kd, ce, teacher_ce, agree)
+
+
+def _fill(inputs: LossInputs, hidden: Tensor, head: Tensor, figures: Tensor, agree: Tensor) -> None:
+    """Write kd, ce and teacher_ce to figures [3, n], and agree [n]."""
+    objective, shard = inputs.objective, inputs.objective.shard
+    hidden, teacher_hidden, teacher_head = inputs.gather(hidden)
+    buffers = build_buffers(objective, inputs.chunk_rows, figures.dtype, hidden.device)
+    for start in range(0, inputs.labels.shape[0], inputs.chunk_rows):
+        part = slice(start, min(start + inputs.chunk_rows, inputs.labels.shape[0]))
+        chunk, labels = buffers.rows(part.stop - start), inputs.labels[part]
+        project_(chunk.student, hidden[part], head)
+        shard.mask_(chunk.student)
+        if chunk.teacher is not None and teacher_hidden is not None and teacher_head is not None:
+            project_(chunk.teacher, teacher_hidden[part], teacher_head)
+            shard.mask_(chunk.teacher)
+            first = _likeliest(shard, chunk.student)
+            agree[part] = first == _likeliest(shard, chunk.teacher)
+            figures[2, part] = _cross_entropy(shard, chunk.teacher, labels, chunk.scratch)
+        rows = reduce_chunk(objective, chunk, labels)
+        figures[0, part], figures[1, part] = rows.kd, rows.ce
+
+
+def _likeliest(shard: VocabularyShard, logits: Tensor) -> Tensor:
+    """The global id [c] of each row's largest logit [c, v/tp], the lowest among equals."""
+    value, column = logits.max(1)
+    # Ids travel beside the logits in their dtype: fp32 counts exactly to 16.7 million.
+    pairs = shard.gather_statistics(torch.stack([value, (column + shard.first_id).to(value.dtype)], dim=1))
+    owner = pairs[:, :, 0].max(0).indices  # the first among equal ranks, which holds the lower ids
+    return pairs[:, :, 1].gather(0, owner.unsqueeze(0)).squeeze(0)
+
+
+def _cross_entropy(shard: VocabularyShard, logits: Tensor, labels: Tensor, scratch: Tensor) -> Tensor:
+    """-ln softmax(logits)[label], [c]; leaves the logits [c, v/tp] alone."""
+    columns, held = shard.locate(labels)
+    label_logit = logits.gather(1, columns).mul_(held).squeeze(1)
+    parts = []
+    for block in logits.split(scratch.shape[0]):
+        maximum = block.amax(1, keepdim=True)
+        log_sum = torch.sub(block, maximum, out=scratch[: block.shape[0]]).exp_().sum(1).log_()
+        parts.append(maximum.squeeze(1) + log_sum)
+    gathered = shard.gather_statistics(torch.stack([label_logit, torch.cat(parts)], dim=1))
+    return torch.logsumexp(gathered[:, :, 1], 0) - gathered[:, :, 0].sum(0)

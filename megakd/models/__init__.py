@@ -1,0 +1,1 @@
+"""GPT models on megatron-core, whose last stage yields the hidden state and the head instead of logits."""

@@ -1,0 +1,64 @@
+"""Core attention on torch's scaled_dot_product_attention: flash kernels on GPU, blocked on CPU, no s x s matrix."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+
+class ScaledDotProductAttention(torch.nn.Module):
+    """Causal attention within each sequence of the batch, grouped queries included.
+
+    Raises:
+        ValueError: a mask, a bias or packing that only other cores of attention handle.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__()
+        if config.context_parallel_size > 1:
+            raise ValueError("context parallelism needs Transformer Engine's attention (run.layer_spec)")
+        if attn_mask_type is not AttnMaskType.causal or attention_type != "self":
+            raise ValueError(f"the local attention is causal self-attention, not {attn_mask_type} {attention_type}")
+        self.softmax_scale = softmax_scale
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: Any = None,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            query: [s, b, heads/tp, d].
+            key, value: [s, b, groups/tp, d].
+
+        Returns:
+            [s, b, heads/tp * d].
+        """
+        if attention_mask is not None or attention_bias is not None or packed_seq_params is not None:
+            raise ValueError("the local attention takes no mask, bias or packing")
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)

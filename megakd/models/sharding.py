@@ -1,0 +1,174 @@
+"""Parameters by canonical name: their names, their full shapes, and how each is cut over tensor-parallel ranks."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from megakd.config.architecture import GPTArchitecture
+
+WORD_EMBEDDINGS = "embedding.word_embeddings.weight"
+POSITION_EMBEDDINGS = "embedding.position_embeddings.weight"
+OUTPUT_LAYER = "output_layer.weight"
+
+_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
+# The local spec keeps a norm beside the linear layer that follows it; Transformer Engine's layers contain it.
+_FUSED_NORMS = {
+    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+}
+
+
+class Partition(Enum):
+    """How megatron-core cuts a full parameter over tensor ranks."""
+
+    REPLICATED = "replicated"
+    ROWS = "rows"
+    COLUMNS = "columns"
+    GATED_ROWS = "gated_rows"
+    """The full parameter is [gate; up]; every rank holds [its rows of gate; its rows of up]."""
+    VOCAB = "vocab"
+    """Rows, the vocabulary padded with zero rows."""
+
+
+def padded_vocab_size(vocab_size: int, divisible_by: int) -> int:
+    """Rows of embedding and output layer over all ranks: the vocabulary rounded up, the same at every layout."""
+    return -(-vocab_size // divisible_by) * divisible_by
+
+
+def canonical_name(module_name: str, layer_offset: int) -> str:
+    """Name a parameter of a pipeline stage independently of layer spec, wrappers and stage.
+
+    Args:
+        module_name: as `named_parameters()` gives it, with the layer's number within the stage.
+        layer_offset: layers in the stages before this one.
+    """
+    while module_name.startswith("module."):
+        module_name = module_name[len("module.") :]
+    match = _LAYER.match(module_name)
+    if match is None:
+        return module_name
+    rest = module_name[match.end() :]
+    for separate, fused in _FUSED_NORMS.items():
+        if rest.startswith(separate):
+            rest = fused + rest[len(separate) :]
+    return f"decoder.layers.{int(match[1]) + layer_offset}.{rest}"
+
+
+def layer_of(name: str) -> int | None:
+    """Global layer number in a canonical name, None for a parameter outside the layers."""
+    match = _LAYER.match(name)
+    return int(match[1]) if match else None
+
+
+def shard_of(name: str, architecture: GPTArchitecture) -> Partition:
+    """How the parameter of this canonical name is cut over tensor ranks."""
+    if name in (WORD_EMBEDDINGS, OUTPUT_LAYER):
+        return Partition.VOCAB
+    if name.endswith(("linear_qkv.weight", "linear_qkv.bias")):
+        return Partition.ROWS
+    if name.endswith(("linear_fc1.weight", "linear_fc1.bias")):
+        return Partition.GATED_ROWS if architecture.activation == "swiglu" else Partition.ROWS
+    if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+        return Partition.COLUMNS
+    return Partition.REPLICATED
+
+
+def even_slice(size: int, tp_rank: int, tp_size: int) -> slice:
+    """A rank's part of a dimension of `size`.
+
+    Raises:
+        ValueError: the dimension does not divide by the tensor-parallel size.
+    """
+    if size % tp_size:
+        raise ValueError(f"a dimension of {size} does not divide over {tp_size} tensor-parallel ranks")
+    each = size // tp_size
+    return slice(tp_rank * each, (tp_rank + 1) * each)
+
+
+def take_shard(full: Tensor, partition: Partition, tp_rank: int, tp_size: int) -> Tensor:
+    """The shard of a full (padded) parameter that a tensor rank holds; a view where the shard is one block.
+
+    Raises:
+        ValueError: the parameter does not divide by the tensor-parallel size.
+    """
+    if partition is Partition.REPLICATED or tp_size == 1:
+        return full
+    if partition is Partition.COLUMNS:
+        return full[:, even_slice(full.shape[1], tp_rank, tp_size)]
+    if partition is Partition.GATED_ROWS:
+        return torch.cat([half[even_slice(half.shape[0], tp_rank, tp_size)] for half in full.chunk(2)])
+    return full[even_slice(full.shape[0], tp_rank, tp_size)]
+
+
+def join_shards(shards: Sequence[Tensor], partition: Partition) -> Tensor:
+    """The full (padded) parameter from the shards of all tensor ranks, in rank order."""
+    if partition is Partition.REPLICATED or len(shards) == 1:
+        return shards[0]
+    if partition is Partition.COLUMNS:
+        return torch.cat(list(shards), dim=1)
+    if partition is Partition.GATED_ROWS:
+        gates, ups = zip(*(shard.chunk(2) for shard in shards), strict=True)
+        return torch.cat([*gates, *ups])
+    return torch.cat(list(shards))
+
+
+def joined_shape(shard_shape: Sequence[int], partition: Partition, tp_size: int) -> tuple[int, ...]:
+    """Shape that `join_shards` gives for `tp_size` shards of this shape."""
+    shape = list(shard_shape)
+    if partition is not Partition.REPLICATED:
+        shape[1 if partition is Partition.COLUMNS else 0] *= tp_size
+    return tuple(shape)
+
+
+def parameter_shapes(architecture: GPTArchitecture, divisible_by: int) -> dict[str, tuple[int, ...]]:
+    """Full shape of every parameter by canonical name, in the model's order, with the vocabulary padded.
+
+    A tied model has no `output_layer.weight`.
+    """
+    hidden = architecture.hidden_size
+    vocab = padded_vocab_size(architecture.vocab_size, divisible_by)
+    shapes: dict[str, tuple[int, ...]] = {WORD_EMBEDDINGS: (vocab, hidden)}
+    if architecture.position_embedding_type == "learned_absolute":
+        shapes[POSITION_EMBEDDINGS] = (architecture.max_position_embeddings, hidden)
+    layer = _layer_shapes(architecture)
+    for i in range(architecture.num_layers):
+        shapes.update({f"decoder.layers.{i}.{name}": shape for name, shape in layer.items()})
+    shapes["decoder.final_layernorm.weight"] = (hidden,)
+    if architecture.normalization == "LayerNorm":
+        shapes["decoder.final_layernorm.bias"] = (hidden,)
+    if not architecture.share_embeddings_and_output_weights:
+        shapes[OUTPUT_LAYER] = (vocab, hidden)
+    return shapes
+
+
+def _layer_shapes(architecture: GPTArchitecture) -> dict[str, tuple[int, ...]]:
+    hidden, kv_channels = architecture.hidden_size, architecture.kv_channels
+    query = architecture.num_attention_heads * kv_channels
+    qkv = query + 2 * architecture.num_query_groups * kv_channels
+    fc1 = architecture.ffn_hidden_size * (2 if architecture.activation == "swiglu" else 1)
+    linear_bias, norm_bias = architecture.add_bias_linear, architecture.normalization == "LayerNorm"
+    qkv_bias, qk_norm = linear_bias or architecture.add_qkv_bias, architecture.qk_layernorm
+    entries: list[tuple[str, tuple[int, ...], bool]] = [
+        ("self_attention.linear_qkv.layer_norm_weight", (hidden,), True),
+        ("self_attention.linear_qkv.layer_norm_bias", (hidden,), norm_bias),
+        ("self_attention.linear_qkv.weight", (qkv, hidden), True),
+        ("self_attention.linear_qkv.bias", (qkv,), qkv_bias),
+        ("self_attention.q_layernorm.weight", (kv_channels,), qk_norm),
+        ("self_attention.q_layernorm.bias", (kv_channels,), qk_norm and norm_bias),
+        ("self_attention.k_layernorm.weight", (kv_channels,), qk_norm),
+        ("self_attention.k_layernorm.bias", (kv_channels,), qk_norm and norm_bias),
+        ("self_attention.linear_proj.weight", (hidden, query), True),
+        ("self_attention.linear_proj.bias", (hidden,), linear_bias),
+        ("mlp.linear_fc1.layer_norm_weight", (hidden,), True),
+        ("mlp.linear_fc1.layer_norm_bias", (hidden,), norm_bias),
+        ("mlp.linear_fc1.weight", (fc1, hidden), True),
+        ("mlp.linear_fc1.bias", (fc1,), linear_bias),
+        ("mlp.linear_fc2.weight", (hidden, architecture.ffn_hidden_size), True),
+        ("mlp.linear_fc2.bias", (hidden,), linear_bias),
+    ]
+    return {name: shape for name, shape, present in entries if present}

@@ -1,0 +1,1 @@
+"""A model's place on the ranks: its process groups and the schedules that run it."""

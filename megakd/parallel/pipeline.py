@@ -1,0 +1,57 @@
+"""The one place that calls megatron-core's schedules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.pipeline_parallel.schedules import (
+    forward_backward_no_pipelining,
+    forward_backward_pipelining_without_interleaving,
+)
+from megatron.core.utils import get_model_config
+
+from megakd.parallel.mesh import ModelMesh
+
+ForwardStep = Callable[[Any, torch.nn.Module], tuple[Any, Callable[..., Any]]]
+
+
+def run_pipeline(
+    mesh: ModelMesh,
+    model: torch.nn.Module,
+    forward_step: ForwardStep,
+    microbatches: Iterable[Any],
+    *,
+    num_microbatches: int,
+    micro_batch_size: int,
+    sequence_length: int,
+    forward_only: bool = False,
+) -> list[Any]:
+    """Run microbatches through the model's stages, one forward one backward in turn, and finalise gradients.
+
+    Args:
+        forward_step: called as `forward_step(iterator, model)` on every stage; returns the stage's output and a
+            function of it, called on the last stage. In training that function returns (loss sum, token count, record);
+            with `forward_only` it returns the record alone.
+        microbatches: what the iterator yields, `num_microbatches` of them, on every stage alike.
+
+    Returns:
+        The records in order on the last stage, an empty list on the others.
+    """
+    arguments: dict[str, Any] = {
+        "forward_step_func": forward_step,
+        "data_iterator": iter(microbatches),
+        "model": model,
+        "num_microbatches": num_microbatches,
+        "seq_length": sequence_length,
+        "micro_batch_size": micro_batch_size,
+        "forward_only": forward_only,
+        "collect_non_loss_data": forward_only,
+        "pg_collection": mesh.groups,
+    }
+    if mesh.pp_size == 1:
+        return forward_backward_no_pipelining(**arguments)
+    communicator = P2PCommunicator(pp_group=mesh.groups.pp, config=get_model_config(model))
+    return forward_backward_pipelining_without_interleaving(**arguments, p2p_communicator=communicator)

@@ -1,0 +1,13 @@
+"""The machine a process runs on: cuda/nccl or cpu/gloo, chosen once. Import before megatron-core."""
+
+from megakd.platform.accelerations import Accelerations, detect_accelerations
+from megakd.platform.device import Platform, build_platform, init_distributed, shutdown_distributed
+
+__all__ = [
+    "Accelerations",
+    "Platform",
+    "build_platform",
+    "detect_accelerations",
+    "init_distributed",
+    "shutdown_distributed",
+]

@@ -1,0 +1,86 @@
+"""Device, backend and place of this process; the only module that reads the launcher's environment."""
+
+from __future__ import annotations
+
+import logging
+import os
+import resource
+import sys
+import warnings
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import lru_cache
+
+import torch
+import torch.distributed as dist
+
+from megakd.platform import cpu_substitutes
+
+
+@dataclass(frozen=True)
+class Platform:
+    """Where this process computes and how it talks to the others."""
+
+    device: torch.device
+    backend: str
+
+    @property
+    def is_cuda(self) -> bool:
+        """Whether tensors live on a GPU."""
+        return self.device.type == "cuda"
+
+    def synchronize(self) -> None:
+        """Wait for the device; a no-op on CPU."""
+        if self.is_cuda:
+            torch.cuda.synchronize(self.device)
+
+    def peak_memory_bytes(self) -> int:
+        """Most bytes held so far: allocated by torch on a GPU, resident in the process on CPU."""
+        if self.is_cuda:
+            return torch.cuda.max_memory_allocated(self.device)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+
+@lru_cache(maxsize=1)
+def build_platform() -> Platform:
+    """Choose the device once for this process and make megatron-core importable on it.
+
+    On CPU the substitutes that megatron-core needs are applied (see cpu_substitutes). Its import-time warnings
+    about absent accelerations are silenced: `detect_accelerations` says the same once.
+    """
+    _silence_megatron_imports()
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+        # Sequence-parallel overlap in megatron-core relies on kernels being launched in order on one queue.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+        return Platform(device, "nccl")
+    cpu_substitutes.apply_cpu_substitutes()
+    return Platform(torch.device("cpu"), "gloo")
+
+
+def init_distributed(platform: Platform, timeout_minutes: float = 30.0) -> None:
+    """Join torchrun's process group, or make a group of one where the process was started by hand.
+
+    Does nothing where torch.distributed is already initialised.
+    """
+    if dist.is_initialized():
+        return
+    timeout = timedelta(minutes=timeout_minutes)
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        dist.init_process_group(platform.backend, timeout=timeout)
+    else:
+        dist.init_process_group(platform.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+
+
+def shutdown_distributed() -> None:
+    """Leave the process group if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _silence_megatron_imports() -> None:
+    warnings.filterwarnings("ignore", message=r".*(?:[Tt]ransformer[ _][Ee]ngine|[Aa]pex|nvidia-modelopt|flash_mla).*")
+    for name in ("megatron.core", "megatron", "torch.distributed.elastic.multiprocessing.redirects"):
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,0 +1,21 @@
+"""What the training step asks of a teacher, wherever its signal comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from megakd.losses import DenseSignal
+
+
+class Teacher(Protocol):
+    """Gives the signal for a window of microbatches."""
+
+    def signals(self, microbatches: Sequence[dict[str, Tensor]]) -> Sequence[DenseSignal | None]:
+        """One signal per microbatch on the student's last pipeline stage; None in each place on other stages.
+
+        Collective: every rank of the teacher and of the student calls it with its own microbatches.
+        """
+        ...

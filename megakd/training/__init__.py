@@ -1,0 +1,19 @@
+"""The loop, the step, and what builds them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megakd.training.loop import DistillResult, distill, evaluate_run
+
+__all__ = ["DistillResult", "distill", "evaluate_run"]
+
+
+def __getattr__(name: str) -> Any:
+    # preflight and the schedule need no megatron-core; importing the loop does.
+    if name in __all__:
+        from megakd.training import loop
+
+        return getattr(loop, name)
+    raise AttributeError(f"module 'megakd.training' has no attribute {name!r}")

@@ -1,0 +1,42 @@
+"""Shapes of student and teacher as the configuration names them; reads config.json files, builds nothing."""
+
+from __future__ import annotations
+
+from megakd.common.errors import UserError
+from megakd.config.architecture import GPTArchitecture
+from megakd.config.schema import Config
+from megakd.convert.hf_config import architecture_from_hf
+
+
+def teacher_architecture(config: Config) -> GPTArchitecture:
+    """The teacher's shape, from its folder's config.json."""
+    assert config.teacher is not None
+    return architecture_from_hf(config.teacher.path)
+
+
+def student_architecture(config: Config) -> GPTArchitecture:
+    """The student's shape: as written, or that of the folder it starts from with the layers that are kept.
+
+    Raises:
+        UserError: a kept layer that the folder's model does not have.
+    """
+    if config.student.architecture is not None:
+        return config.student.architecture
+    assert config.student.init is not None
+    source = architecture_from_hf(config.student.init.path)
+    layers = config.student.init.layers
+    if layers is None:
+        return source
+    for layer in layers:
+        if not 0 <= layer < source.num_layers:
+            raise UserError(
+                f"student.init.layers names layer {layer}; the model in {config.student.init.path} has layers 0 to "
+                f"{source.num_layers - 1}."
+            )
+    return source.model_copy(update={"num_layers": len(layers)})
+
+
+def shared_vocab_size(config: Config) -> int:
+    """Token ids that student and teacher both know: their vocabularies may differ by padding at the end."""
+    student = student_architecture(config).vocab_size
+    return student if config.teacher is None else min(student, teacher_architecture(config).vocab_size)

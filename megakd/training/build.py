@@ -1,0 +1,145 @@
+"""From the configuration to the objects of a run: meshes, models, optimizer, data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+
+from megakd.config.architecture import GPTArchitecture
+from megakd.config.schema import Config, OptimizerSection
+from megakd.convert import load_hf_weights
+from megakd.models.gpt import HiddenStateGPT, build_gpt
+from megakd.models.parameters import canonical_parameters
+from megakd.models.sharding import padded_vocab_size
+from megakd.parallel.mesh import GroupPool, ModelMesh, build_model_mesh
+from megakd.teacher import OnlineTeacher, build_online_teacher
+from megakd.training.architectures import student_architecture, teacher_architecture
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Student:
+    """The model in training on its mesh."""
+
+    model: DistributedDataParallel
+    architecture: GPTArchitecture
+    mesh: ModelMesh
+    sequence_parallel: bool
+
+
+def build_meshes(config: Config) -> tuple[ModelMesh, ModelMesh | None]:
+    """The student's mesh and, where there is a teacher, the teacher's own: so far both have one layout."""
+    pool = GroupPool()
+    parallel = config.parallel
+
+    def mesh() -> ModelMesh:
+        return build_model_mesh(
+            pool,
+            tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+            pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+            context_parallel_size=parallel.context_parallel_size,
+        )
+
+    return mesh(), mesh() if config.teacher is not None else None
+
+
+def build_student(config: Config, mesh: ModelMesh, layer_spec: str) -> Student:
+    """Build the student's stage, from a Hugging Face folder or at random, and wrap it for data parallelism."""
+    architecture = student_architecture(config)
+    init, parallel = config.student.init, config.parallel
+    model = build_gpt(
+        architecture,
+        mesh,
+        dtype=DTYPES[config.run.dtype],
+        layer_spec=layer_spec,
+        make_vocab_size_divisible_by=config.student.make_vocab_size_divisible_by,
+        sequence_parallel=parallel.sequence_parallel,
+        recompute_granularity=config.student.recompute_granularity,
+        num_layers_in_first_pipeline_stage=parallel.num_layers_in_first_pipeline_stage,
+        num_layers_in_last_pipeline_stage=parallel.num_layers_in_last_pipeline_stage,
+        seed=config.run.seed if init is None else None,
+    )
+    if init is not None:
+        load_hf_weights(
+            canonical_parameters(model).items(),
+            init.path,
+            architecture,
+            tp_rank=mesh.tp_rank,
+            tp_size=mesh.tp_size,
+            divisible_by=config.student.make_vocab_size_divisible_by,
+            layer_map=init.layers,
+        )
+    wrapped = wrap_data_parallel(model, mesh, config.optimizer)
+    return Student(wrapped, architecture, mesh, model.config.sequence_parallel)
+
+
+def wrap_data_parallel(
+    model: HiddenStateGPT, mesh: ModelMesh, optimizer: OptimizerSection
+) -> DistributedDataParallel:
+    """megatron-core's data parallelism around a stage: fp32 gradient buffers, reduced as the optimizer needs them."""
+    wrapped = DistributedDataParallel(
+        model.config,
+        DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=optimizer.overlap_grad_reduce,
+            overlap_param_gather=optimizer.overlap_param_gather,
+            use_distributed_optimizer=optimizer.use_distributed_optimizer,
+        ),
+        model,
+        pg_collection=mesh.groups,
+    )
+    model.config.finalize_model_grads_func = finalize_model_grads
+    if optimizer.overlap_grad_reduce:
+        model.config.no_sync_func = wrapped.no_sync
+    return wrapped
+
+
+def build_adam(student: Student, section: OptimizerSection, dtype: torch.dtype) -> MegatronOptimizer:
+    """Adam with decoupled weight decay, none on vectors (norms and biases)."""
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=section.lr,
+            min_lr=section.min_lr,
+            weight_decay=section.weight_decay,
+            adam_beta1=section.adam_beta1,
+            adam_beta2=section.adam_beta2,
+            adam_eps=section.adam_eps,
+            clip_grad=section.clip_grad,
+            bf16=dtype is torch.bfloat16,
+            params_dtype=dtype,
+            use_distributed_optimizer=section.use_distributed_optimizer,
+            overlap_param_gather=section.overlap_param_gather,
+        ),
+        [student.model],
+        use_gloo_process_groups=False,
+        pg_collection=student.mesh.groups,
+    )
+    for group in optimizer.param_groups:
+        # megatron-core leaves the multiplier (0 for vectors) to its own scheduler, which is not used here.
+        group["weight_decay"] = section.weight_decay * group["wd_mult"]
+    student.model.config.grad_scale_func = optimizer.scale_loss
+    return optimizer
+
+
+def build_teacher(config: Config, mesh: ModelMesh, layer_spec: str) -> OnlineTeacher:
+    """The teacher on `mesh`, its head in the student's vocabulary partition."""
+    assert config.teacher is not None
+    vocab_size = student_architecture(config).vocab_size
+    return build_online_teacher(
+        config.teacher.path,
+        teacher_architecture(config),
+        mesh,
+        dtype=DTYPES[config.teacher.dtype or config.run.dtype],
+        layer_spec=layer_spec,
+        sequence_parallel=config.parallel.sequence_parallel,
+        student_padded_vocab=padded_vocab_size(vocab_size, config.student.make_vocab_size_divisible_by),
+    )

@@ -1,0 +1,28 @@
+"""Floating-point operations a step needs, whatever is recomputed: the numerator of model FLOPs utilisation."""
+
+from __future__ import annotations
+
+from megakd.config.architecture import GPTArchitecture
+
+
+def forward_flops_per_token(architecture: GPTArchitecture, sequence_length: int) -> float:
+    """Multiply-adds of a forward pass counted as two, causal attention as half a square.
+
+    The convention of the PaLM report (arXiv 2204.02311, appendix B) with the attention term halved for the mask.
+    """
+    a = architecture
+    query, kv = a.num_attention_heads * a.kv_channels, a.num_query_groups * a.kv_channels
+    projections = a.hidden_size * (query + 2 * kv) + query * a.hidden_size
+    mlp = a.hidden_size * a.ffn_hidden_size * (3 if a.activation == "swiglu" else 2)
+    attention = query * sequence_length
+    return 2.0 * (a.num_layers * (projections + mlp + attention) + a.hidden_size * a.vocab_size)
+
+
+def step_flops(
+    student: GPTArchitecture, teacher: GPTArchitecture | None, sequence_length: int, tokens: int
+) -> float:
+    """Student forward and backward (three forwards) and, where it runs, the teacher's forward."""
+    per_token = 3 * forward_flops_per_token(student, sequence_length)
+    if teacher is not None:
+        per_token += forward_flops_per_token(teacher, sequence_length)
+    return per_token * tokens

@@ -1,0 +1,25 @@
+"""Held-out microbatches for evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from megakd.config.schema import Config
+from megakd.data.batches import EvaluationBatches
+from megakd.parallel.mesh import ModelMesh
+from megakd.training.train_data import open_held_out_samples
+
+
+def held_out_batches(config: Config, mesh: ModelMesh, device: torch.device) -> Iterable[dict[str, Tensor]]:
+    """This data rank's part of the held-out samples, in file order."""
+    return EvaluationBatches(
+        open_held_out_samples(config),
+        micro_batch_size=config.data.micro_batch_size,
+        data_parallel_rank=mesh.dp_rank,
+        data_parallel_size=mesh.dp_size,
+        max_tokens=config.evaluation.max_tokens,
+        device=device,
+    )

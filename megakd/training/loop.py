@@ -1,0 +1,257 @@
+"""The training loop: one for every teacher and layout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megakd.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from megakd.common.errors import UserError
+from megakd.common.logging import configure_logging, log
+from megakd.config.checks import check_config
+from megakd.config.schema import Config
+from megakd.data.batches import TrainBatches
+from megakd.evaluation import Scores, evaluate
+from megakd.models.layer_specs import resolve_layer_spec
+from megakd.parallel.random_state import seed_megatron
+from megakd.platform import Platform, build_platform, detect_accelerations, init_distributed
+from megakd.teacher import Teacher
+from megakd.training.architectures import shared_vocab_size, student_architecture, teacher_architecture
+from megakd.training.build import (
+    Student,
+    DTYPES,
+    build_adam,
+    build_meshes,
+    build_student,
+    build_teacher,
+)
+from megakd.training.export import export_student, parameters_gathered
+from megakd.training.flops import step_flops
+from megakd.training.held_out import held_out_batches
+from megakd.training.metrics import MetricsWriter
+from megakd.training.objective import Objective
+from megakd.training.run_folder import save_run_description
+from megakd.training.schedule import learning_rate, total_steps
+from megakd.training.step import StepResult, train_step
+from megakd.training.train_data import open_train_samples, sample_order
+
+
+@dataclass(frozen=True)
+class DistillResult:
+    """What a run leaves behind: its folder, the exported student, the held-out scores by step."""
+
+    folder: Path
+    exported: Path | None
+    scores: dict[int, Scores]
+
+
+def distill(config: Config) -> DistillResult:
+    """Train the student that `config` describes. Call it on every rank of a torchrun job, or in one process.
+
+    Initialises torch.distributed where the caller has not. Goes on from the run folder's newest checkpoint, if any.
+
+    Raises:
+        UserError: the configuration or a file it names cannot be used; the message says what to change.
+    """
+    return _start(config).train()
+
+
+def evaluate_run(config: Config) -> Scores:
+    """Measure on held-out data: the run's newest checkpoint, or the student it would start from. On every rank.
+
+    Raises:
+        UserError: as `distill`, or no held-out data is named.
+    """
+    if config.data.valid is None and config.data.valid_fraction is None:
+        raise UserError("evaluation needs held-out data; set data.valid or data.valid_fraction.")
+    return _start(config).evaluate_only()
+
+
+def _start(config: Config) -> _Run:
+    platform = build_platform()
+    init_distributed(platform)
+    configure_logging(dist.get_rank())
+    check_config(config, dist.get_world_size())
+    return _Run(config, platform)
+
+
+class _Run:
+    """The objects of a run and the few numbers that change: step and tokens seen."""
+
+    def __init__(self, config: Config, platform: Platform) -> None:
+        self.config, self.platform = config, platform
+        self.folder = Path(config.run.output_dir)
+        accelerations = detect_accelerations()
+        layer_spec = resolve_layer_spec(config.run.layer_spec, accelerations)
+        mesh, teacher_mesh = build_meshes(config)
+        self.mesh = mesh
+        log.info(accelerations.describe())
+        seed_megatron(config.run.seed, mesh)
+        self.student: Student = build_student(config, mesh, layer_spec)
+        self.optimizer = build_adam(self.student, config.optimizer, DTYPES[config.run.dtype])
+        self.teacher: Teacher | None = None
+        if teacher_mesh is not None:
+            self.teacher = build_teacher(config, teacher_mesh, layer_spec)
+        # A run on cross-entropy alone has a teacher only to be measured against.
+        self.training_teacher = self.teacher if config.distill.kd_weight > 0 else None
+        self.objective = Objective(
+            config.distill, shared_vocab_size(config), mesh.groups.tp, self.student.sequence_parallel
+        )
+        self.samples = open_train_samples(config)
+        data = config.data
+        self.steps = total_steps(
+            config.schedule,
+            samples=self.samples.num_samples,
+            sequence_length=data.sequence_length,
+            global_batch_size=data.global_batch_size,
+        )
+        self.step, self.tokens = 0, 0
+        self.scores: dict[int, Scores] = {}
+        self._announce(layer_spec)
+
+    def train(self) -> DistillResult:
+        """Run from the newest checkpoint, or the start, to the end."""
+        config, is_writer = self.config, dist.get_rank() == 0
+        self._resume()
+        if is_writer:
+            save_run_description(self.folder, config, dist.get_world_size(), self.mesh.describe())
+        batches = TrainBatches(
+            self.samples,
+            sample_order(config, self.samples.num_samples),
+            micro_batch_size=config.data.micro_batch_size,
+            global_batch_size=config.data.global_batch_size,
+            data_parallel_rank=self.mesh.dp_rank,
+            data_parallel_size=self.mesh.dp_size,
+            device=self.platform.device,
+        )
+        metrics = MetricsWriter(
+            self.folder,
+            is_writer=is_writer,
+            start_step=self.step,
+            total_steps=self.steps,
+            log_interval=config.logging.log_interval,
+            tensorboard=config.logging.tensorboard,
+        )
+        try:
+            with metrics:
+                if config.evaluation.at_start and self.step == 0:
+                    self._evaluate(metrics)
+                while self.step < self.steps:
+                    self._train_step(batches, metrics)
+        finally:
+            batches.close()
+        exported = self._export() if config.run.export else None
+        return DistillResult(self.folder, exported, self.scores)
+
+    def evaluate_only(self) -> Scores:
+        """Score the newest checkpoint's weights, or the initial ones; writes nothing."""
+        newest = latest_checkpoint(self.folder / "checkpoints") if self.config.checkpoint.resume else None
+        if newest is not None:
+            self.step = load_checkpoint(newest, self.student.model, None, self.mesh)["step"]
+        log.info(f"evaluating {newest if newest is not None else 'the initial student'}")
+        return self._scores()
+
+    def _train_step(self, batches: TrainBatches, metrics: MetricsWriter) -> None:
+        config = self.config
+        rate = learning_rate(self.step, self.steps, config.optimizer, config.schedule)
+        result = train_step(
+            self.student,
+            self.training_teacher,
+            self.objective,
+            self.optimizer,
+            batches.microbatches(self.step),
+            rate,
+            self.platform,
+        )
+        self.step += 1
+        self.tokens += result.tokens
+        metrics.step(self._record(result, rate))
+        last = self.step == self.steps
+        every = config.evaluation.interval
+        if (every and self.step % every == 0) or (last and config.evaluation.at_end):
+            self._evaluate(metrics)
+        every = config.checkpoint.save_interval
+        if (every and self.step % every == 0) or (last and config.checkpoint.save_at_end):
+            self._save()
+
+    def _record(self, result: StepResult, rate: float) -> dict[str, Any]:
+        config = self.config
+        tokens = config.data.global_batch_size * config.data.sequence_length
+        teacher = teacher_architecture(config) if self.training_teacher is not None else None
+        flops = step_flops(self.student.architecture, teacher, config.data.sequence_length, tokens)
+        return {
+            "step": self.step,
+            "loss": result.loss,
+            "kd_loss": result.kd_loss,
+            "ce_loss": result.ce_loss,
+            "grad_norm": result.grad_norm,
+            "learning_rate": rate,
+            "tokens": self.tokens,
+            "tokens_per_second": tokens / result.seconds,
+            "tflops_per_rank": flops / result.seconds / dist.get_world_size() / 1e12,
+            "teacher_share": result.teacher_seconds / result.seconds,
+            "step_seconds": result.seconds,
+            "peak_memory_bytes": self.platform.peak_memory_bytes(),
+        }
+
+    def _scores(self) -> Scores:
+        return evaluate(
+            self.student.model,
+            self.mesh,
+            held_out_batches(self.config, self.mesh, self.platform.device),
+            self.teacher,
+            vocab_size=self.objective.vocab_size,
+            chunk_mib=self.config.distill.loss_chunk_mib,
+            sequence_parallel=self.student.sequence_parallel,
+        )
+
+    def _evaluate(self, metrics: MetricsWriter) -> None:
+        scores = self.scores[self.step] = self._scores()
+        metrics.evaluation(self.step, scores.to_dict())
+
+    def _save(self) -> None:
+        with parameters_gathered(self.student.model):
+            path = save_checkpoint(
+                self.folder / "checkpoints",
+                self.step,
+                self.student.model,
+                self.optimizer,
+                self.mesh,
+                {"step": self.step, "tokens": self.tokens},
+            )
+        log.info(f"checkpoint {path}")
+
+    def _resume(self) -> None:
+        newest = latest_checkpoint(self.folder / "checkpoints") if self.config.checkpoint.resume else None
+        if newest is None:
+            return
+        counters = load_checkpoint(newest, self.student.model, self.optimizer, self.mesh)
+        self.step, self.tokens = counters["step"], counters["tokens"]
+        log.info(f"resumed from {newest} after {self.step} steps")
+
+    def _export(self) -> Path:
+        path = export_student(self.config, self.student, self.folder / "student")
+        log.info(f"student in Hugging Face format: {path}")
+        return path
+
+    def _announce(self, layer_spec: str) -> None:
+        config = self.config
+        student = student_architecture(config)
+        log.info(
+            f"{config.run.name}: student of {student.num_layers} layers, {student.num_parameters():,} parameters "
+            f"({config.run.dtype}, {layer_spec} layers) on {self.mesh.describe()}"
+        )
+        if config.teacher is not None:
+            teacher = teacher_architecture(config)
+            use = "" if self.training_teacher is not None else ", for evaluation only"
+            log.info(
+                f"teacher {config.teacher.path}: {teacher.num_layers} layers, {teacher.num_parameters():,} "
+                f"parameters{use}"
+            )
+        log.info(
+            f"{self.steps:,} steps of {config.data.global_batch_size * config.data.sequence_length:,} tokens from "
+            f"{self.samples.num_samples:,} samples"
+        )

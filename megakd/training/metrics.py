@@ -1,0 +1,115 @@
+"""Where a run's figures go: console, progress bar, metrics.jsonl, TensorBoard. Only rank 0 writes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from megakd.common.logging import log
+
+
+class MetricsWriter:
+    """Writes one record per step and one per evaluation; on ranks other than 0 it does nothing.
+
+    Args:
+        folder: the run's folder; metrics.jsonl and evaluations.jsonl are appended to.
+        start_step: steps already done; records of later ones, from a run cut short, are dropped.
+    """
+
+    def __init__(
+        self, folder: Path, *, is_writer: bool, start_step: int, total_steps: int, log_interval: int, tensorboard: bool
+    ) -> None:
+        self._is_writer = is_writer
+        self._log_interval, self._total = log_interval, total_steps
+        self._progress: Any = None
+        self._board: Any = None
+        if not is_writer:
+            return
+        self._metrics = _open_after(folder / "metrics.jsonl", start_step)
+        self._evaluations = _open_after(folder / "evaluations.jsonl", start_step)
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
+        if sys.stdout.isatty():
+            self._progress = _progress_bar(total_steps, start_step)
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self._is_writer:
+            return
+        self._metrics.close()
+        self._evaluations.close()
+        if self._board is not None:
+            self._board.close()
+        if self._progress is not None:
+            self._progress.stop()
+
+    def step(self, record: dict[str, Any]) -> None:
+        """Write a training step's record; `step` counts from 1."""
+        if not self._is_writer:
+            return
+        self._metrics.write(json.dumps(record) + "\n")
+        self._metrics.flush()
+        self._to_board("train", record)
+        step = record["step"]
+        if self._progress is not None:
+            self._progress.advance(self._progress.task_ids[0])
+        if step % self._log_interval == 0 or step in (1, self._total):
+            log.info(
+                f"step {step:>{len(str(self._total))}}/{self._total}  loss {record['loss']:.4f}  "
+                f"kd {record['kd_loss']:.4f}  ce {record['ce_loss']:.4f}  grad norm {record['grad_norm']:.3f}  "
+                f"lr {record['learning_rate']:.2e}  {record['tokens_per_second']:,.0f} tokens/s  "
+                f"{record['tflops_per_rank']:.3f} TFLOP/s/rank  teacher {100 * record['teacher_share']:.0f} %"
+            )
+
+    def evaluation(self, step: int, scores: dict[str, Any]) -> None:
+        """Write held-out scores after `step` steps."""
+        if not self._is_writer:
+            return
+        self._evaluations.write(json.dumps({"step": step, **scores}) + "\n")
+        self._evaluations.flush()
+        self._to_board("held_out", {"step": step, **scores})
+        line = f"held out after {step} steps ({scores['num_tokens']:,} tokens): ce {scores['cross_entropy']:.4f}"
+        if scores["kl_to_teacher"] is not None:
+            line += f"  kl {scores['kl_to_teacher']:.4f}  agreement {scores['agreement']:.4f}"
+        log.info(line)
+
+    def _to_board(self, prefix: str, record: dict[str, Any]) -> None:
+        if self._board is not None:
+            for name, value in record.items():
+                if name != "step" and value is not None:
+                    self._board.add_scalar(f"{prefix}/{name}", value, record["step"])
+
+
+def _open_after(path: Path, step: int) -> Any:
+    """Open for appending, without the lines of steps after `step` and without a half-written last line."""
+    if path.exists():
+        kept = []
+        for line in path.read_text().splitlines():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                break
+            if record["step"] <= step:
+                kept.append(line + "\n")
+        path.write_text("".join(kept))
+    return path.open("a")
+
+
+def _progress_bar(total: int, done: int) -> Any:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    bar = Progress(
+        TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), redirect_stdout=True
+    )
+    bar.add_task("training", total=total, completed=done)
+    bar.start()
+    return bar

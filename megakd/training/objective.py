@@ -1,0 +1,74 @@
+"""The loss of one microbatch, from the student's output and the teacher's signal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megakd.config.schema import DistillSection
+from megakd.losses import DenseSignal, distillation_loss
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """kd_weight * T^2 * divergence + ce_weight * cross-entropy, summed over the tokens that count.
+
+    Attributes:
+        vocab_size: the vocabulary student and teacher share; columns beyond it count for neither.
+        accumulate_main_grad: the head's gradient goes straight into megatron-core's fp32 buffer.
+    """
+
+    distill: DistillSection
+    vocab_size: int
+    tp_group: dist.ProcessGroup
+    sequence_parallel: bool
+    accumulate_main_grad: bool = True
+
+    def forward_step(
+        self, pairs: Iterator[tuple[Batch, DenseSignal | None]], model: torch.nn.Module
+    ) -> tuple[Any, Callable[[tuple[Tensor, Tensor]], tuple[Tensor, Tensor, Tensor]]]:
+        """One stage's part of a microbatch, and its loss; see parallel.pipeline.run_pipeline."""
+        batch, signal = next(pairs)
+        output = model(batch["tokens"], batch["position_ids"], None)
+
+        def loss(hidden_and_head: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+            return self(hidden_and_head, batch, signal)
+
+        return output, loss
+
+    def __call__(
+        self, hidden_and_head: tuple[Tensor, Tensor], batch: Batch, signal: DenseSignal | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns (loss sum with its gradient, token count, record [4]: total, kd, ce, tokens in fp64).
+
+        Args:
+            hidden_and_head: ([s, b, h], or [s/tp, b, h] under sequence parallelism; [v/tp, h]).
+            batch: tokens, labels, loss_mask [b, s].
+        """
+        hidden, head = hidden_and_head
+        sums = distillation_loss(
+            hidden.flatten(0, 1),
+            head,
+            batch["labels"].t().reshape(-1),
+            batch["loss_mask"].t().reshape(-1),
+            signal,
+            kd_weight=self.distill.kd_weight,
+            ce_weight=self.distill.ce_weight,
+            temperature=self.distill.temperature,
+            temperature_squared=self.distill.temperature_squared,
+            divergence=self.distill.loss,
+            vocab_size=self.vocab_size,
+            tp_group=self.tp_group,
+            sequence_parallel=self.sequence_parallel,
+            chunk_mib=self.distill.loss_chunk_mib,
+            main_grad=head.main_grad if self.accumulate_main_grad else None,  # type: ignore[attr-defined]
+        )
+        record = torch.stack([x.detach().double() for x in (sums.total, sums.kd, sums.ce, sums.num_tokens)])
+        return sums.total, sums.num_tokens.int(), record

@@ -1,0 +1,63 @@
+"""Everything that can be known before a rank starts: files, shapes, layout, tokenizer."""
+
+from __future__ import annotations
+
+from megakd.common.errors import UserError
+from megakd.common.logging import log
+from megakd.config.checks import check_architecture, check_config
+from megakd.config.schema import Config
+from megakd.convert import check_hf_weights
+from megakd.data.fingerprint import check_same_tokenizer, read_metadata
+from megakd.training.architectures import student_architecture, teacher_architecture
+from megakd.training.train_data import open_held_out_samples, open_train_samples
+
+
+def preflight(config: Config, world_size: int) -> None:
+    """Check a configuration against the ranks it will run on and the files it names. Builds nothing.
+
+    Raises:
+        UserError: the first thing that does not hold, with its remedy.
+    """
+    check_config(config, world_size)
+    _check_models(config)
+    _check_data(config)
+
+
+def _check_models(config: Config) -> None:
+    length, parallel = config.data.sequence_length, config.parallel
+    divisible_by = config.student.make_vocab_size_divisible_by
+    check_architecture(
+        "student", student_architecture(config), parallel, length, has_stage_split=True, divisible_by=divisible_by
+    )
+    if config.student.init is not None:
+        check_hf_weights(config.student.init.path, student_architecture(config), config.student.init.layers)
+    if config.teacher is not None:
+        teacher = teacher_architecture(config)
+        check_architecture("teacher", teacher, parallel, length, has_stage_split=False, divisible_by=divisible_by)
+        check_hf_weights(config.teacher.path, teacher)
+
+
+def _check_data(config: Config) -> None:
+    open_train_samples(config)
+    if config.data.valid is not None or config.data.valid_fraction is not None:
+        open_held_out_samples(config)
+    model = config.teacher.path if config.teacher else config.student.init.path if config.student.init else None
+    for key, prefix in (("data.train", config.data.train), ("data.valid", config.data.valid)):
+        if prefix is None:
+            continue
+        if model is not None:
+            check = check_same_tokenizer(prefix, model, key=key)
+            if not check.checked:
+                log.warning(check.message)
+        _check_ids(key, prefix, config)
+
+
+def _check_ids(key: str, prefix: str, config: Config) -> None:
+    """Token ids beyond the student's vocabulary would be looked up in rows that do not exist."""
+    metadata = read_metadata(prefix)
+    known = student_architecture(config).vocab_size
+    if metadata is not None and metadata["tokenizer"]["vocab_size"] > known:
+        raise UserError(
+            f"{key}: {prefix} was written with a tokenizer of {metadata['tokenizer']['vocab_size']} ids; the student "
+            f"knows {known}. Preprocess the data with the student's tokenizer."
+        )

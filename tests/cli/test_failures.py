@@ -1,0 +1,61 @@
+"""Which failure is told: rules of first_failure on made-up records."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+from megakd.cli.failures import (
+    RankError,
+    RankExit,
+    clear_records,
+    first_failure,
+    load_rank_errors,
+    load_rank_exits,
+    save_rank_error,
+    save_rank_exits,
+)
+
+
+def rank_error(rank: int, time: float, user_error: bool = False) -> RankError:
+    return RankError(rank, time, f"message {rank}", user_error, "traceback")
+
+
+def test_the_earliest_exception_is_first(tmp_path: Path) -> None:
+    for error in (rank_error(0, 12.5), rank_error(10, 11.0), rank_error(2, 13.0)):
+        save_rank_error(tmp_path, error)
+    assert [error.rank for error in load_rank_errors(tmp_path)] == [10, 0, 2]
+    assert first_failure(load_rank_errors(tmp_path), []) == rank_error(10, 11.0)
+
+
+def test_a_crash_comes_before_its_peers_exceptions() -> None:
+    crash = RankExit(3, 20.0, -signal.SIGSEGV)
+    assert first_failure([rank_error(0, 10.0)], [RankExit(0, 20.0, 1), crash]) is crash
+
+
+def test_an_abort_by_a_watchdog_does_not_hide_the_exception() -> None:
+    error = rank_error(0, 10.0)
+    assert first_failure([error], [RankExit(3, 20.0, -signal.SIGABRT), RankExit(0, 20.0, 1)]) is error
+
+
+def test_an_abort_alone_is_told() -> None:
+    abort = RankExit(3, 20.0, -signal.SIGABRT)
+    assert first_failure([], [RankExit(0, 20.0, -signal.SIGTERM), abort]) is abort
+
+
+def test_bad_input_is_never_a_consequence() -> None:
+    bad = rank_error(1, 11.0, user_error=True)
+    assert first_failure([rank_error(0, 10.0), bad], [RankExit(2, 9.0, -signal.SIGKILL)]) is bad
+
+
+def test_ranks_that_torchrun_killed_in_the_end_do_not_count(tmp_path: Path) -> None:
+    failed, killed = RankExit(1, 100.0, 1), RankExit(0, 130.0, -signal.SIGKILL)
+    save_rank_exits(tmp_path, [killed, failed])
+    assert load_rank_exits(tmp_path) == [failed]
+
+
+def test_nothing_failed(tmp_path: Path) -> None:
+    save_rank_error(tmp_path, rank_error(0, 1.0))
+    save_rank_exits(tmp_path, [RankExit(0, 1.0, 1)])
+    clear_records(tmp_path)
+    assert first_failure(load_rank_errors(tmp_path), load_rank_exits(tmp_path)) is None

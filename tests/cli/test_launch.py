@@ -1,0 +1,167 @@
+"""launch_ranks with real torchrun and small workers: statuses, last lines, and that nothing is left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+LAUNCH = (
+    "import sys; from megakd.cli.launch import launch_ranks; "
+    "sys.exit(launch_ranks(sys.argv[3:], 2, sys.argv[1], int(sys.argv[2])))"
+)
+TIMEOUT_SECONDS = 120
+
+
+def start(behaviour: str, folder: Path, max_restarts: int = 0, **environment: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", LAUNCH, str(folder / "logs"), str(max_restarts)]
+    inherited = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    return subprocess.Popen(
+        [*command, "tests.cli.workers_for_launch", behaviour, str(folder)],
+        cwd=ROOT,
+        env={**inherited, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def run_to_end(behaviour: str, folder: Path, max_restarts: int = 0, **environment: str) -> tuple[int, str]:
+    process = start(behaviour, folder, max_restarts, **environment)
+    _, errors = process.communicate(timeout=TIMEOUT_SECONDS)
+    return process.returncode, errors
+
+
+def wait_for_pids(process: subprocess.Popen[str], folder: Path) -> set[int]:
+    """Pids of torchrun's process, of both ranks and of their children, once all are there."""
+    files = [folder / "pids-0", folder / "pids-1"]
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    while not all(file.exists() for file in files):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return {int(pid) for file in files for pid in file.read_text().split()}
+
+
+def wait_until_gone(pids: set[int]) -> None:
+    """Fail unless every process ends by itself soon; a zombie that nobody reaps in a container counts as ended."""
+    deadline = time.monotonic() + 20
+    alive = pids
+    while alive:
+        alive = {pid for pid in alive if psutil.pid_exists(pid) and not _is_zombie(pid)}
+        assert time.monotonic() < deadline, f"left behind: {alive}"
+        time.sleep(0.01)
+
+
+def _is_zombie(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def test_success_shares_the_cores_and_returns_zero(tmp_path: Path) -> None:
+    status, errors = run_to_end("succeed", tmp_path)
+    assert status == 0
+    assert errors == ""
+    threads = max(1, len(os.sched_getaffinity(0)) // 2)
+    assert [(tmp_path / f"rank-{rank}").read_text() for rank in (0, 1)] == [f"2 {threads}"] * 2
+
+
+def test_the_users_thread_count_is_kept(tmp_path: Path) -> None:
+    assert run_to_end("succeed", tmp_path, OMP_NUM_THREADS="5")[0] == 0
+    assert (tmp_path / "rank-0").read_text() == "2 5"
+
+
+def test_user_error_is_one_line_status_two_and_no_restart(tmp_path: Path) -> None:
+    status, errors = run_to_end("bad_input", tmp_path, max_restarts=2)
+    assert status == 2
+    assert errors.splitlines()[-1] == (
+        "error: data.train is 'nowhere'; no such file. Give the path of a .bin/.idx pair."
+    )
+    assert {path.name for path in tmp_path.glob("attempt-*")} <= {"attempt-0", "attempt-1"}
+
+
+def test_user_error_without_restarts_prints_nothing_else(tmp_path: Path) -> None:
+    status, errors = run_to_end("bad_input", tmp_path)
+    assert status == 2
+    assert errors == "error: data.train is 'nowhere'; no such file. Give the path of a .bin/.idx pair.\n"
+
+
+def test_the_first_exception_is_named_last(tmp_path: Path) -> None:
+    status, errors = run_to_end("first_of_two_errors", tmp_path)
+    assert status == 1
+    assert errors.splitlines()[-1] == "error: rank 1: RuntimeError: the cause"
+    assert "with a second line" in errors
+    assert "Connection closed" not in errors
+    assert f"{tmp_path / 'logs' / 'torchrun.log'}" in errors
+
+
+def test_a_killed_rank_is_named_with_its_signal(tmp_path: Path) -> None:
+    status, errors = run_to_end("killed", tmp_path)
+    assert status == 1
+    assert errors.splitlines()[-1].startswith("error: rank 1 was killed by SIGKILL")
+    assert "Connection closed" not in errors
+
+
+def test_an_exit_without_a_message_is_named_with_its_status(tmp_path: Path) -> None:
+    process = start("unequal_exit", tmp_path)
+    _, errors = process.communicate(timeout=TIMEOUT_SECONDS)
+    assert process.returncode == 1
+    assert errors.splitlines()[-1] == "error: rank 0 ended with status 7 and no message"
+
+
+def test_a_restart_can_succeed_and_shows_why_it_was_needed(tmp_path: Path) -> None:
+    status, errors = run_to_end("fail_once", tmp_path, max_restarts=1)
+    assert status == 0
+    assert "RuntimeError: only the first time" in errors
+    assert (tmp_path / "rank-0").exists()
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_all_ranks_with_one_line(tmp_path: Path, number: signal.Signals, status: int) -> None:
+    process = start("wait_for_the_end", tmp_path)
+    pids = wait_for_pids(process, tmp_path)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=TIMEOUT_SECONDS)
+    assert process.returncode == status
+    assert errors == f"stopped by {number.name}; all ranks have ended\n"
+    wait_until_gone(pids)
+
+
+def test_a_second_signal_kills_ranks_that_do_not_listen(tmp_path: Path) -> None:
+    process = start("deaf", tmp_path)
+    pids = wait_for_pids(process, tmp_path)
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=TIMEOUT_SECONDS)
+    assert process.returncode in (130, 143)
+    assert len(errors.splitlines()) == 1
+    wait_until_gone(pids)
+
+
+def test_killing_torchrun_leaves_nothing(tmp_path: Path) -> None:
+    process = start("wait_for_the_end", tmp_path)
+    pids = wait_for_pids(process, tmp_path)
+    agent_pid = int((tmp_path / "pids-0").read_text().split()[0])
+    os.kill(agent_pid, signal.SIGKILL)
+    _, errors = process.communicate(timeout=TIMEOUT_SECONDS)
+    assert process.returncode == 1
+    assert errors.splitlines()[-1] == "error: torchrun was killed by SIGKILL; all ranks were ended"
+    wait_until_gone(pids)
+
+
+def test_killing_the_launcher_leaves_nothing(tmp_path: Path) -> None:
+    process = start("wait_for_the_end", tmp_path)
+    pids = wait_for_pids(process, tmp_path)
+    process.kill()
+    process.communicate(timeout=TIMEOUT_SECONDS)
+    wait_until_gone(pids)

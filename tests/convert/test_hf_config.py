@@ -1,0 +1,204 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoConfig, LlamaConfig
+
+from megakd.common.errors import UserError
+from megakd.config.architecture import GPTArchitecture, RopeScaling
+from megakd.convert import architecture_from_hf, hf_config_from_architecture, read_hf_config
+
+VERSION_4: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "hidden_size": 64,
+    "initializer_range": 0.01,
+    "intermediate_size": 96,
+    "max_position_embeddings": 256,
+    "num_attention_heads": 8,
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 100,
+}
+LLAMA_3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+
+
+def folder(path: Path, **changes: Any) -> Path:
+    """VERSION_4 with keys replaced, or taken out by `...`."""
+    config = {key: value for key, value in (VERSION_4 | changes).items() if value is not ...}
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+def test_version_4(tmp_path: Path) -> None:
+    assert architecture_from_hf(folder(tmp_path)) == GPTArchitecture(
+        num_layers=2,
+        hidden_size=64,
+        ffn_hidden_size=96,
+        num_attention_heads=8,
+        num_query_groups=2,
+        kv_channels=8,
+        vocab_size=100,
+        max_position_embeddings=256,
+        layernorm_epsilon=1e-5,
+        rotary_base=500000.0,
+        share_embeddings_and_output_weights=True,
+        init_method_std=0.01,
+    )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_scaling": LLAMA_3 | {"rope_type": "llama3"}},
+        {"rope_scaling": LLAMA_3 | {"type": "llama3"}},
+        {
+            "rope_theta": ...,
+            "rope_scaling": ...,
+            "rope_parameters": LLAMA_3 | {"rope_type": "llama3", "rope_theta": 500000.0},
+        },
+    ],
+)
+def test_llama_3_scaling_in_every_spelling(tmp_path: Path, changes: dict[str, Any]) -> None:
+    architecture = architecture_from_hf(folder(tmp_path, **changes))
+    assert architecture.rope_scaling == RopeScaling(**LLAMA_3)  # type: ignore[arg-type]
+    assert architecture.rotary_base == 500000.0
+
+
+def test_absent_keys_mean_what_transformers_takes_them_for(tmp_path: Path) -> None:
+    absent = dict.fromkeys(
+        ["num_key_value_heads", "rope_theta", "rope_scaling", "rms_norm_eps", "initializer_range", "hidden_act"], ...
+    )
+    architecture = architecture_from_hf(
+        folder(tmp_path, **absent, tie_word_embeddings=..., max_position_embeddings=...)
+    )
+    expected = AutoConfig.from_pretrained(tmp_path)
+    assert architecture.num_query_groups == expected.num_key_value_heads
+    assert architecture.kv_channels == expected.head_dim
+    assert architecture.rotary_base == expected.rope_parameters["rope_theta"]
+    assert architecture.layernorm_epsilon == expected.rms_norm_eps
+    assert architecture.init_method_std == expected.initializer_range
+    assert architecture.max_position_embeddings == expected.max_position_embeddings
+    assert architecture.share_embeddings_and_output_weights == expected.tie_word_embeddings
+
+
+def test_both_biases_are_read(tmp_path: Path) -> None:
+    assert architecture_from_hf(folder(tmp_path, attention_bias=True, mlp_bias=True)).add_bias_linear
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "mamba"}, "model_type is 'mamba' in .*config.json; the architectures .* are: llama"),
+        ({"model_type": ...}, "model_type is None in"),
+        ({"hidden_act": "gelu"}, 'hidden_act is "gelu" in .*; only "silu" is supported for llama'),
+        ({"quantization_config": {"bits": 4}}, 'quantization_config is {"bits": 4} in .*; only null'),
+        ({"attention_bias": True}, "attention_bias is true and mlp_bias is false in .* only where they are equal"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, 'rope_scaling.rope_type is "yarn" in .*; only default and llama3'),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, 'rope_scaling.rope_type is "linear"'),
+        ({"rope_scaling": {"rope_type": "llama3"}}, "rope_scaling.factor is null in .*; rope_type llama3 needs"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is not 1.0"),
+        ({"num_hidden_layers": ...}, "has no num_hidden_layers, which a llama model needs"),
+        ({"num_key_value_heads": 3}, r"num_attention_heads \(8\) must be a multiple of num_query_groups \(3\)"),
+        ({"hidden_size": "wide"}, "hidden_size Input should be a valid integer"),
+    ],
+)
+def test_what_is_not_expressed_exactly_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        architecture_from_hf(folder(tmp_path, **changes))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("content", "message"), [("{", "is not JSON"), ("[]", "must hold a JSON object")])
+def test_damaged_config(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError, match=message):
+        read_hf_config(tmp_path)
+
+
+def test_missing_config(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has no config.json"):
+        read_hf_config(tmp_path)
+
+
+@pytest.mark.parametrize("rope", [None, LLAMA_3])
+@pytest.mark.parametrize("biases", [False, True])
+def test_written_config_means_the_same_to_transformers(
+    tmp_path: Path, rope: dict[str, float] | None, biases: bool
+) -> None:
+    theta = {"rope_theta": 250000.0}
+    original = LlamaConfig(
+        **{key: value for key, value in VERSION_4.items() if not key.startswith("rope") and key != "torch_dtype"},
+        head_dim=16,
+        attention_bias=biases,
+        mlp_bias=biases,
+        rope_parameters=theta | ({"rope_type": "default"} if rope is None else rope | {"rope_type": "llama3"}),
+        dtype="bfloat16",
+        bos_token_id=1,
+        eos_token_id=[2, 4],
+        pad_token_id=9,
+    )
+    original.save_pretrained(tmp_path)
+    architecture = architecture_from_hf(tmp_path)
+    written = hf_config_from_architecture(architecture, read_hf_config(tmp_path), "bfloat16")
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    assert architecture_from_hf(tmp_path) == architecture
+    loaded, wanted = AutoConfig.from_pretrained(tmp_path).to_dict(), original.to_dict()
+    for volatile in ("_name_or_path", "architectures", "transformers_version", "rope_theta", "rope_scaling"):
+        loaded.pop(volatile, None)
+        wanted.pop(volatile, None)
+    assert loaded == wanted
+
+
+def test_version_4_spelling_is_written_too() -> None:
+    architecture = GPTArchitecture(
+        num_layers=1,
+        hidden_size=8,
+        ffn_hidden_size=8,
+        num_attention_heads=2,
+        vocab_size=10,
+        max_position_embeddings=8,
+        rotary_base=5.0,
+        rope_scaling=RopeScaling(**LLAMA_3),  # type: ignore[arg-type]
+    )
+    written = hf_config_from_architecture(architecture, None, "float32")
+    assert written["rope_theta"] == 5.0
+    assert written["rope_scaling"] == LLAMA_3 | {"rope_type": "llama3"}
+    assert written["torch_dtype"] == "float32"
+
+
+def test_tokens_outside_the_vocabulary_are_left_out() -> None:
+    architecture = GPTArchitecture(
+        num_layers=1, hidden_size=8, ffn_hidden_size=8, num_attention_heads=2, vocab_size=10, max_position_embeddings=8
+    )
+    source = {"bos_token_id": 1, "eos_token_id": [2, 10], "pad_token_id": 10}
+    written = hf_config_from_architecture(architecture, source, "float32")
+    assert (written["bos_token_id"], written["eos_token_id"], written["pad_token_id"]) == (1, [2], None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"normalization": "LayerNorm"}, "llama needs normalization RMSNorm and it is LayerNorm"),
+        ({"qk_layernorm": True}, "llama needs qk_layernorm False"),
+        (
+            {"hidden_size": 10, "num_attention_heads": 4, "kv_channels": 8},
+            r"hidden_size \(10\) to be a multiple of num_attention_heads \(4\)",
+        ),
+    ],
+)
+def test_a_model_no_family_expresses_is_refused(changes: dict[str, Any], message: str) -> None:
+    base = {"num_layers": 1, "hidden_size": 8, "ffn_hidden_size": 8, "num_attention_heads": 2, "vocab_size": 10}
+    with pytest.raises(UserError, match=message):
+        hf_config_from_architecture(
+            GPTArchitecture(**(base | {"max_position_embeddings": 8} | changes)), None, "float32"
+        )

@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from megakd.common.errors import UserError
+from megakd.convert.safetensors_folder import SafetensorsFolder
+
+A, B = torch.arange(12.0).reshape(4, 3), torch.arange(5.0)
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    save_file({"a": A}, tmp_path / "model-00001-of-00002.safetensors")
+    save_file({"b": B.bfloat16()}, tmp_path / "model-00002-of-00002.safetensors")
+    write_index(tmp_path, a="model-00001-of-00002.safetensors", b="model-00002-of-00002.safetensors")
+    return tmp_path
+
+
+def write_index(path: Path, **weight_map: str) -> None:
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def read_all(path: Path) -> None:
+    with SafetensorsFolder(path) as folder:
+        for name in folder.names:
+            folder.read(name)
+
+
+def test_names_shapes_types_and_slices(sharded: Path) -> None:
+    with SafetensorsFolder(sharded) as folder:
+        assert folder.names == ["a", "b"]
+        assert folder.shape("a") == (4, 3)
+        assert (folder.dtype("a"), folder.dtype("b")) == ("F32", "BF16")
+        assert torch.equal(folder.read("a"), A)
+        assert torch.equal(folder.read("a", (slice(1, 3),)), A[1:3])
+        assert torch.equal(folder.read("a", (slice(None), slice(1, 2))), A[:, 1:2])
+        assert folder.read("a", (slice(4, 4),)).shape == (0, 3)
+
+
+def test_a_single_file_needs_no_index(tmp_path: Path) -> None:
+    save_file({"a": A}, tmp_path / "model.safetensors")
+    with SafetensorsFolder(tmp_path) as folder:
+        assert folder.names == ["a"]
+        assert torch.equal(folder.read("a"), A)
+
+
+def test_missing_folder(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nowhere is not a folder"):
+        SafetensorsFolder(tmp_path / "nowhere")
+
+
+def test_empty_folder(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has neither model.safetensors nor"):
+        SafetensorsFolder(tmp_path)
+
+
+def test_pickled_weights_are_refused_with_a_remedy(tmp_path: Path) -> None:
+    torch.save({"a": A}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"pickled weights only \(pytorch_model.bin\).*safe_serialization=True"):
+        SafetensorsFolder(tmp_path)
+
+
+def test_missing_shard_is_named(sharded: Path) -> None:
+    (sharded / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(UserError, match="weight b in model-00002-of-00002.safetensors, which is not in the folder"):
+        SafetensorsFolder(sharded)
+
+
+def test_an_index_may_not_point_outside_its_folder(sharded: Path) -> None:
+    outside = sharded.parent / "outside.safetensors"
+    save_file({"a": A}, outside)
+    write_index(sharded, a="../outside.safetensors")
+    with pytest.raises(UserError, match="which is not in the folder"):
+        SafetensorsFolder(sharded)
+
+
+def test_weight_that_the_shard_does_not_hold(sharded: Path) -> None:
+    write_index(sharded, a="model-00001-of-00002.safetensors", c="model-00001-of-00002.safetensors")
+    with pytest.raises(UserError, match="puts weight c in model-00001-of-00002.safetensors, which does not hold it"):
+        read_all(sharded)
+
+
+@pytest.mark.parametrize("kept", [0, 4, 40, -1])
+def test_truncated_file_is_named(tmp_path: Path, kept: int) -> None:
+    file = tmp_path / "model.safetensors"
+    save_file({"a": A}, file)
+    file.write_bytes(file.read_bytes()[:kept])
+    with pytest.raises(UserError, match="model.safetensors is not a whole safetensors file") as caught:
+        read_all(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": 3}'])
+def test_damaged_index(tmp_path: Path, content: str) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(UserError, match="is not an index of safetensors"):
+        SafetensorsFolder(tmp_path)
+
+
+def test_unknown_weight_names_the_nearest(sharded: Path) -> None:
+    save_file({"lm_head.weight": A}, sharded / "model.safetensors")
+    with (
+        SafetensorsFolder(sharded) as folder,
+        pytest.raises(UserError, match=r"has no weight lm_head.weigth. Did you mean 'lm_head.weight'\?"),
+    ):
+        folder.read("lm_head.weigth")

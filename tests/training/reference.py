@@ -1,0 +1,76 @@
+"""Distillation as anyone would write it: two transformers models, torch AdamW, one process, no megakd."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+STEPS, SEQUENCE, GLOBAL_BATCH, VOCAB = 20, 32, 8, 300
+LR, WEIGHT_DECAY, BETAS, EPS, CLIP = 1e-2, 0.1, (0.9, 0.95), 1e-8, 1.0
+KD_WEIGHT, CE_WEIGHT, TEMPERATURE = 0.7, 0.5, 1.5
+
+
+def save_model(folder: Path, *, layers: int, hidden: int, tied: bool, seed: int, std: float) -> None:
+    """A random Llama with grouped queries, in Hugging Face format."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=tied,
+        initializer_range=std, rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():  # norms that are not all one, so that a forgotten one shows
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+
+
+def token_stream() -> np.ndarray:
+    """A corpus with something to learn: each token is mostly a fixed function of the one before."""
+    generator = np.random.default_rng(7)
+    table = generator.permutation(VOCAB)
+    stream = np.zeros(STEPS * GLOBAL_BATCH * SEQUENCE + 1, dtype=np.int64)
+    for i in range(1, len(stream)):
+        stream[i] = table[stream[i - 1]] if generator.random() < 0.8 else generator.integers(VOCAB)
+    return stream
+
+
+class ReferenceRun:
+    """Losses of every step and the first step's gradients by Hugging Face name."""
+
+    def __init__(self, student: Path, teacher: Path, batches: list[torch.Tensor]) -> None:
+        model = LlamaForCausalLM.from_pretrained(student, dtype=torch.float32)
+        guide = LlamaForCausalLM.from_pretrained(teacher, dtype=torch.float32).eval()
+        decayed = [p for p in model.parameters() if p.dim() > 1]
+        others = [p for p in model.parameters() if p.dim() == 1]
+        optimizer = torch.optim.AdamW(
+            [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}],
+            lr=LR, betas=BETAS, eps=EPS,
+        )  # fmt: skip
+        self.losses: list[float] = []
+        self.norms: list[float] = []
+        self.first_gradient: dict[str, torch.Tensor] = {}
+        for batch in batches:
+            loss = self._loss(model, guide, batch)
+            optimizer.zero_grad()
+            loss.backward()
+            if not self.first_gradient:
+                self.first_gradient = {n: p.grad.clone() for n, p in model.named_parameters()}
+            self.norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP).item())
+            optimizer.step()
+            self.losses.append(loss.item())
+
+    @staticmethod
+    def _loss(model: LlamaForCausalLM, guide: LlamaForCausalLM, batch: torch.Tensor) -> torch.Tensor:
+        tokens, labels = batch[:, :-1], batch[:, 1:]
+        z = model(tokens).logits.double()
+        with torch.no_grad():
+            u = guide(tokens).logits.double()
+        log_q, log_p = (z / TEMPERATURE).log_softmax(-1), (u / TEMPERATURE).log_softmax(-1)
+        kd = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+        ce = -z.log_softmax(-1).gather(-1, labels[..., None]).mean()
+        return KD_WEIGHT * TEMPERATURE**2 * kd + CE_WEIGHT * ce
