@@ -37,8 +37,10 @@ class RankPool:
         self.directory = tempfile.mkdtemp(prefix="megakd-ranks-")
         self.connections: list[Connection] = []
         self.processes: list[Any] = []
-        context = multiprocessing.get_context("spawn")
-        with _environment(_WORKER_ENVIRONMENT):
+        # A server imports torch and megatron-core once, and every rank of every pool is forked from it.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["tests.rank_server"])
+        with _environment({**_WORKER_ENVIRONMENT, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}):
             for rank in range(world_size):
                 ours, theirs = context.Pipe()
                 process = context.Process(target=_serve, args=(theirs, rank, world_size, self.directory))
@@ -161,7 +163,7 @@ def _serve(connection: Connection, rank: int, world_size: int, directory: str) -
             store = dist.FileStore(str(Path(directory) / "store"), world_size)
             timeout = timedelta(seconds=2 * SECONDS_PER_CALL)
             dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
-            _prepare_platform()
+            prepare_platform()
         except BaseException as error:
             connection.recv_bytes()
             connection.send_bytes(_failure(error))
@@ -177,7 +179,7 @@ def _serve(connection: Connection, rank: int, world_size: int, directory: str) -
             connection.send_bytes(answer)
 
 
-def _prepare_platform() -> None:
+def prepare_platform() -> None:
     """Make megatron-core importable on CPU, where this checkout has the package that does it."""
     if importlib.util.find_spec("megakd") and importlib.util.find_spec("megakd.platform"):
         from megakd.platform import build_platform

@@ -37,6 +37,9 @@ def run_configuration(action: str, args: argparse.Namespace, max_restarts: int =
     config = load_config(args.config, args.overrides)
     world_size = choose_world_size(config.parallel, args.nproc_per_node)
 
+    from megakd.platform import silence_megatron
+
+    silence_megatron()
     from megakd.training.preflight import preflight
 
     preflight(config, world_size)

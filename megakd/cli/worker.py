@@ -9,13 +9,13 @@ from megakd.config.schema import Config
 
 
 def _train(config: Config) -> None:
-    from megakd.training.distill import distill
+    from megakd.training.loop import distill
 
     distill(config)
 
 
 def _evaluate(config: Config) -> None:
-    from megakd.training.distill import evaluate_run
+    from megakd.training.loop import evaluate_run
 
     evaluate_run(config)
 

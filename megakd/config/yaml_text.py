@@ -16,6 +16,10 @@ _FLOAT = re.compile(
 _INT = re.compile(r"[-+]?[0-9][0-9_]*$|0x[0-9a-fA-F]+$|0o[0-7]+$")
 
 
+class _DuplicateKey(yaml.MarkedYAMLError):
+    """A key twice in one mapping."""
+
+
 class _Loader(yaml.SafeLoader):
     """Plain values as YAML 1.2's core schema reads them.
 
@@ -24,17 +28,17 @@ class _Loader(yaml.SafeLoader):
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Build a mapping; PyYAML would silently keep the last of two equal keys."""
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """Read a mapping; PyYAML would silently keep the last of two equal keys."""
+        node = super().compose_mapping_node(anchor)
         lines: dict[str, int] = {}
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
                 if key.value in lines:
-                    raise yaml.constructor.ConstructorError(
-                        None, None, f"'{key.value}' stands here and on line {lines[key.value]}", key.start_mark
-                    )
+                    problem = f"'{key.value}' stands here and on line {lines[key.value]}"
+                    raise _DuplicateKey(None, None, problem, key.start_mark)
                 lines[key.value] = key.start_mark.line + 1
-        return super().construct_mapping(node, deep)
+        return node
 
 
 class _Dumper(yaml.SafeDumper):
@@ -44,6 +48,11 @@ class _Dumper(yaml.SafeDumper):
 def _construct_int(loader: _Loader, node: yaml.ScalarNode) -> int:
     text = loader.construct_scalar(node).replace("_", "")
     return int(text, {"0x": 16, "0o": 8}.get(text[:2], 10))
+
+
+def _construct_text(loader: _Loader, node: yaml.ScalarNode) -> str:
+    """Join the two escapes that JSON, hence whoever writes an override with it, makes of one character."""
+    return str(loader.construct_scalar(node)).encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
 
 
 def _represent_list(dumper: yaml.SafeDumper, values: list[Any]) -> yaml.Node:
@@ -59,6 +68,7 @@ for _tag, _pattern, _first in (
 ):
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _pattern, _first)
 _Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
+_Loader.add_constructor("tag:yaml.org,2002:str", _construct_text)
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:int", _INT, list("-+0123456789"))
 _Dumper.add_representer(list, _represent_list)
@@ -71,12 +81,12 @@ def parse_yaml(text: str, source: str) -> Any:
         UserError: not YAML, more than one document, a key twice in a mapping, or a tag.
     """
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506
+        return yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f" line {mark.line + 1}" if mark is not None and "\n" in text.strip() else ""
         problem = " ".join(str(error.problem or error.context).split())
-        remedy = "Keep one." if "stands here and on line" in problem else "Correct it; quote text with special characters."
+        remedy = "Keep one." if isinstance(error, _DuplicateKey) else "Correct it, or quote text with special signs."
         raise UserError(f"{source}{place} is not valid: {problem}. {remedy}") from error
     except yaml.YAMLError as error:
         raise UserError(f"{source} is not valid YAML: {' '.join(str(error).split())}. Correct it.") from error

@@ -15,7 +15,7 @@ from torch import Tensor
 from megakd.common.errors import UserError
 from megakd.config.architecture import GPTArchitecture
 from megakd.convert.hf_config import family_for_export, hf_config_from_architecture, read_hf_config
-from megakd.convert.shard_writer import ShardWriter
+from megakd.convert.shard_writer import ShardWriter, check_can_export
 from megakd.convert.table import Family
 from megakd.models.sharding import (
     OUTPUT_LAYER,
@@ -112,6 +112,7 @@ def export_hf(
 
     def open_writer() -> None:
         nonlocal writer
+        check_can_export(out_dir, tokenizer_from, source_config_dir)
         writer = ShardWriter(Path(out_dir).absolute(), dtype, max_shard_bytes)
 
     if _rank(tp_group) == 0 and _rank(pp_group) == 0:

@@ -30,23 +30,37 @@ _TOKENIZER_FILES = (
 )
 
 
-def check_can_write(out_dir: Path) -> None:
-    """Refuse to replace a folder that is not a model's.
+_OTHER_FILES = ("config.json", "generation_config.json", INDEX_FILE)
+
+
+def check_can_export(out_dir: str | Path, *sources: str | Path | None) -> None:
+    """Refuse to replace anything but an earlier export, and the folders that the model comes from in any case.
 
     Raises:
-        UserError: `out_dir` is a file or holds something else.
+        UserError: `out_dir` is one of `sources`, a file, or a folder that holds anything an export does not write.
     """
-    if out_dir.is_dir() and (not any(out_dir.iterdir()) or (out_dir / "config.json").is_file()):
+    out_dir = Path(out_dir)
+    if any(source is not None and Path(source).resolve() == out_dir.resolve() for source in sources):
+        raise UserError(f"{out_dir} is where the model comes from; the export would replace it. Name another path.")
+    if not out_dir.exists():
         return
-    if out_dir.exists():
-        raise UserError(f"{out_dir} exists and is not a Hugging Face folder; it would be replaced. Name another path.")
+    foreign = [out_dir.name] if not out_dir.is_dir() else sorted(e.name for e in out_dir.iterdir() if not _ours(e))
+    if foreign:
+        raise UserError(
+            f"{out_dir} holds {foreign[0]}, which no export writes; the export would replace it. Name another path."
+        )
+
+
+def _ours(entry: Path) -> bool:
+    return entry.is_file() and (
+        entry.suffix == ".safetensors" or entry.name in _TOKENIZER_FILES or entry.name in _OTHER_FILES
+    )
 
 
 class ShardWriter:
     """Collects weights up to `max_shard_bytes`, writes them as one file, and names the files at the end."""
 
     def __init__(self, out_dir: Path, dtype: torch.dtype, max_shard_bytes: int) -> None:
-        check_can_write(out_dir)
         self._out_dir = out_dir
         self._dtype = dtype
         self._max_shard_bytes = max_shard_bytes

@@ -83,7 +83,7 @@ def distillation_loss(
         main_grad=main_grad,
         grad_scale=grad_scale,
     )
-    total, kd, ce = _FusedLoss.apply(student_hidden, student_head, inputs, wanted)  # type: ignore[no-untyped-call]
+    total, kd, ce = _FusedLoss.apply(student_hidden, student_head, inputs, wanted)
     return LossSums(total, kd, ce, torch.count_nonzero(token_weights))
 
 

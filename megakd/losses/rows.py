@@ -16,7 +16,8 @@ from megakd.losses.shards import VocabularyShard
 class Objective:
     """What is computed per token. `divergence` is None without a teacher, and `temperature` 1.0 then.
 
-    kd_slope: kd_weight * T^2 / T (kd_weight / T without the T^2 factor), weight of the gradient by z/T * T.
+    kd_slope: what the divergence's gradient with respect to z/T is multiplied by to be total's by z: kd_weight * T,
+        or kd_weight / T without the T^2 factor.
     """
 
     shard: VocabularyShard
@@ -77,21 +78,32 @@ def reduce_chunk(objective: Objective, buffers: ChunkBuffers, labels: Tensor) ->
     blocks = [_reduce_block(objective, *block) for block in _blocks(buffers)]
     maximum, log_sum, log_sum_ce, *teacher = (torch.cat(parts) for parts in zip(*blocks, strict=True))
 
-    lse_ce = temperature * maximum + log_sum_ce
-    statistics = [label_logit, maximum + log_sum, lse_ce]
-    if objective.divergence is not None:
-        teacher_maximum, teacher_log_sum, local = teacher
-        statistics += [teacher_maximum + teacher_log_sum, local + log_sum]
-    gathered = shard.gather_statistics(torch.stack(statistics, dim=1)).unbind(2)  # each [tp, c]
+    statistics = torch.stack([label_logit, maximum, log_sum, log_sum_ce, *teacher], dim=1)
+    gathered = shard.gather_statistics(statistics).unbind(2)  # each [tp, c]
 
-    whole, whole_ce = torch.logsumexp(gathered[1], 0), torch.logsumexp(gathered[2], 0)
-    ce = whole_ce - gathered[0].sum(0)
-    shift, shift_ce = (maximum - whole).unsqueeze(1), (temperature * maximum - whole_ce).unsqueeze(1)
+    highest, shares, total = merge_sums(gathered[1], gathered[2])
+    highest_ce, _, total_ce = merge_sums(temperature * gathered[1], gathered[3])
+    ce = highest_ce - gathered[0].sum(0) + total_ce
+    shift = (maximum - highest - total).unsqueeze(1)
+    shift_ce = (temperature * maximum - highest_ce - total_ce).unsqueeze(1)
     if objective.divergence is None:
         return ChunkRows(torch.zeros_like(ce), ce, shift, shift_ce, None)
-    whole_teacher = torch.logsumexp(gathered[3], 0)
-    kd = objective.divergence.merge(gathered[4], gathered[1] - whole, gathered[3] - whole_teacher)
-    return ChunkRows(kd, ce, shift, shift_ce, (teacher_maximum - whole_teacher).unsqueeze(1))
+    highest_teacher, teacher_shares, teacher_total = merge_sums(gathered[4], gathered[5])
+    kd = objective.divergence.merge(gathered[6] + gathered[2], shares, teacher_shares)
+    teacher_shift = teacher[0] - highest_teacher - teacher_total
+    return ChunkRows(kd, ce, shift, shift_ce, teacher_shift.unsqueeze(1))
+
+
+def merge_sums(maxima: Tensor, log_sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of all ranks' maxima and ln sum e^(x - maximum), [tp, c]: the maximum [c], the logarithms of the ranks' shares
+    in the whole sum [tp, c], and ln sum e^(x - maximum) [c].
+
+    Maxima stay apart from the logarithms, which would lose their digits beside large logits.
+    """
+    highest = maxima.amax(0)
+    relative = maxima - highest + log_sums
+    total = torch.logsumexp(relative, 0)
+    return highest, relative - total, total
 
 
 def write_gradient(
@@ -129,8 +141,8 @@ def _write_tempered_student(
 def _blocks(buffers: ChunkBuffers) -> list[tuple[Tensor, Tensor | None, Tensor]]:
     """The chunk cut into blocks of rows: student's, teacher's and scratch memory."""
     step = buffers.scratch.shape[0]
-    students = buffers.student.split(step)
-    teachers = [None] * len(students) if buffers.teacher is None else buffers.teacher.split(step)
+    students = torch.split(buffers.student, step)
+    teachers = [None] * len(students) if buffers.teacher is None else torch.split(buffers.teacher, step)
     return [(z, u, buffers.scratch[: z.shape[0]]) for z, u in zip(students, teachers, strict=True)]
 
 

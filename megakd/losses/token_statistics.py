@@ -8,7 +8,7 @@ from torch.distributed import ProcessGroup
 
 from megakd.losses.inputs import LossInputs, build_inputs
 from megakd.losses.products import project_
-from megakd.losses.rows import build_buffers, reduce_chunk
+from megakd.losses.rows import build_buffers, merge_sums, reduce_chunk
 from megakd.losses.shards import VocabularyShard, compute_dtype
 from megakd.losses.signals import DenseSignal, TokenStatistics
 
@@ -93,10 +93,11 @@ def _cross_entropy(shard: VocabularyShard, logits: Tensor, labels: Tensor, scrat
     """-ln softmax(logits)[label], [c]; leaves the logits [c, v/tp] alone."""
     columns, held = shard.locate(labels)
     label_logit = logits.gather(1, columns).mul_(held).squeeze(1)
-    parts = []
-    for block in logits.split(scratch.shape[0]):
-        maximum = block.amax(1, keepdim=True)
-        log_sum = torch.sub(block, maximum, out=scratch[: block.shape[0]]).exp_().sum(1).log_()
-        parts.append(maximum.squeeze(1) + log_sum)
-    gathered = shard.gather_statistics(torch.stack([label_logit, torch.cat(parts)], dim=1))
-    return torch.logsumexp(gathered[:, :, 1], 0) - gathered[:, :, 0].sum(0)
+    maximum = logits.amax(1, keepdim=True)
+    log_sums = []
+    for block, top in zip(torch.split(logits, len(scratch)), torch.split(maximum, len(scratch)), strict=True):
+        log_sums.append(torch.sub(block, top, out=scratch[: len(block)]).exp_().sum(1).log_())
+    figures = torch.stack([label_logit, maximum.squeeze(1), torch.cat(log_sums)], dim=1)
+    gathered = shard.gather_statistics(figures).unbind(2)
+    highest, _, total = merge_sums(gathered[1], gathered[2])
+    return highest - gathered[0].sum(0) + total

@@ -16,6 +16,7 @@ from torch import Tensor
 from megakd.config.architecture import GPTArchitecture
 from megakd.models.initialize import initialize_parameters
 from megakd.models.layer_specs import build_block_spec
+from megakd.models.parameters import mark_tensor_parallel
 from megakd.models.sharding import padded_vocab_size
 from megakd.parallel.mesh import ModelMesh
 
@@ -114,6 +115,7 @@ def build_gpt(
         model.rotary_pos_emb.inv_freq = model.rotary_pos_emb._apply_scaling(model.rotary_pos_emb.inv_freq, **scaling)
     if not head:
         model.drop_head()
+    mark_tensor_parallel(model, architecture)
     if seed is not None:
         initialize_parameters(model, architecture, mesh, seed, make_vocab_size_divisible_by)
     return model.to(torch.cuda.current_device())

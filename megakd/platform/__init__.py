@@ -1,7 +1,7 @@
 """The machine a process runs on: cuda/nccl or cpu/gloo, chosen once. Import before megatron-core."""
 
 from megakd.platform.accelerations import Accelerations, detect_accelerations
-from megakd.platform.device import Platform, build_platform, init_distributed, shutdown_distributed
+from megakd.platform.device import Platform, build_platform, init_distributed, shutdown_distributed, silence_megatron
 
 __all__ = [
     "Accelerations",
@@ -10,4 +10,5 @@ __all__ = [
     "detect_accelerations",
     "init_distributed",
     "shutdown_distributed",
+    "silence_megatron",
 ]

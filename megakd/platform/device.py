@@ -49,7 +49,7 @@ def build_platform() -> Platform:
     On CPU the substitutes that megatron-core needs are applied (see cpu_substitutes). Its import-time warnings
     about absent accelerations are silenced: `detect_accelerations` says the same once.
     """
-    _silence_megatron_imports()
+    silence_megatron()
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
@@ -80,7 +80,11 @@ def shutdown_distributed() -> None:
         dist.destroy_process_group()
 
 
-def _silence_megatron_imports() -> None:
+def silence_megatron() -> None:
+    """Keep megatron-core's advice to its developers off the user's screen; call before importing it."""
     warnings.filterwarnings("ignore", message=r".*(?:[Tt]ransformer[ _][Ee]ngine|[Aa]pex|nvidia-modelopt|flash_mla).*")
+    # megatron-core's layers and optimizer call what newer torch releases rename; the advice is not for our users.
+    warnings.filterwarnings("ignore", message=r".*CUDA_DEVICE_MAX_CONNECTIONS.*")
+    warnings.filterwarnings("ignore", message=r".*torch\.distributed\.\w+` is deprecated.*", category=FutureWarning)
     for name in ("megatron.core", "megatron", "torch.distributed.elastic.multiprocessing.redirects"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,6 +1,8 @@
-"""Shapes of student and teacher as the configuration names them; reads config.json files, builds nothing."""
+"""What the configuration says of the models: shapes and folders. Reads config.json files, builds nothing."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 from megakd.common.errors import UserError
 from megakd.config.architecture import GPTArchitecture
@@ -40,3 +42,15 @@ def shared_vocab_size(config: Config) -> int:
     """Token ids that student and teacher both know: their vocabularies may differ by padding at the end."""
     student = student_architecture(config).vocab_size
     return student if config.teacher is None else min(student, teacher_architecture(config).vocab_size)
+
+
+def exported_folder(config: Config) -> Path:
+    """Where the run's student goes in Hugging Face format."""
+    return Path(config.run.output_dir) / "student"
+
+
+def source_folder(config: Config) -> str | None:
+    """The Hugging Face model whose tokenizer and token ids the student keeps."""
+    if config.student.init is not None:
+        return config.student.init.path
+    return config.teacher.path if config.teacher is not None else None

@@ -11,6 +11,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megakd.config.schema import Config
 from megakd.convert import export_hf
 from megakd.models.parameters import canonical_parameters
+from megakd.training.architectures import exported_folder, source_folder
 from megakd.training.build import DTYPES, Student
 
 
@@ -27,10 +28,9 @@ def parameters_gathered(model: DistributedDataParallel) -> Iterator[None]:
             model.enable_forward_pre_hook()
 
 
-def export_student(config: Config, student: Student, folder: Path) -> Path:
+def export_student(config: Config, student: Student) -> Path:
     """Write the student as `transformers` loads it, with the tokenizer of the model it comes from. Collective."""
-    source = config.student.init.path if config.student.init else config.teacher.path if config.teacher else None
-    mesh = student.mesh
+    folder, source, mesh = exported_folder(config), source_folder(config), student.mesh
     with parameters_gathered(student.model):
         export_hf(
             canonical_parameters(student.model),

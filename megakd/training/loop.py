@@ -31,7 +31,7 @@ from megakd.training.build import (
 from megakd.training.export import export_student, parameters_gathered
 from megakd.training.flops import step_flops
 from megakd.training.held_out import held_out_batches
-from megakd.training.metrics import MetricsWriter
+from megakd.training.metrics import MetricsWriter, describe_scores
 from megakd.training.objective import Objective
 from megakd.training.run_folder import save_run_description
 from megakd.training.schedule import learning_rate, total_steps
@@ -152,7 +152,9 @@ class _Run:
         if newest is not None:
             self.step = load_checkpoint(newest, self.student.model, None, self.mesh)["step"]
         log.info(f"evaluating {newest if newest is not None else 'the initial student'}")
-        return self._scores()
+        scores = self._scores()
+        log.info(describe_scores(self.step, scores.to_dict()))
+        return scores
 
     def _train_step(self, batches: TrainBatches, metrics: MetricsWriter) -> None:
         config = self.config
@@ -233,7 +235,7 @@ class _Run:
         log.info(f"resumed from {newest} after {self.step} steps")
 
     def _export(self) -> Path:
-        path = export_student(self.config, self.student, self.folder / "student")
+        path = export_student(self.config, self.student)
         log.info(f"student in Hugging Face format: {path}")
         return path
 

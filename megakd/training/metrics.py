@@ -77,16 +77,23 @@ class MetricsWriter:
         self._evaluations.write(json.dumps({"step": step, **scores}) + "\n")
         self._evaluations.flush()
         self._to_board("held_out", {"step": step, **scores})
-        line = f"held out after {step} steps ({scores['num_tokens']:,} tokens): ce {scores['cross_entropy']:.4f}"
-        if scores["kl_to_teacher"] is not None:
-            line += f"  kl {scores['kl_to_teacher']:.4f}  agreement {scores['agreement']:.4f}"
-        log.info(line)
+        log.info(describe_scores(step, scores))
 
     def _to_board(self, prefix: str, record: dict[str, Any]) -> None:
         if self._board is not None:
             for name, value in record.items():
                 if name != "step" and value is not None:
                     self._board.add_scalar(f"{prefix}/{name}", value, record["step"])
+
+
+def describe_scores(step: int, scores: dict[str, Any]) -> str:
+    """Held-out scores after `step` steps, in one line."""
+    line = f"held out after {step} steps ({scores['num_tokens']:,} tokens): cross-entropy {scores['cross_entropy']:.4f}"
+    line += f", perplexity {scores['perplexity']:.2f}"
+    if scores["kl_to_teacher"] is not None:
+        line += f", KL to teacher {scores['kl_to_teacher']:.4f}, top-1 agreement {scores['agreement']:.4f}"
+        line += f" (the teacher's cross-entropy {scores['teacher_cross_entropy']:.4f})"
+    return line
 
 
 def _open_after(path: Path, step: int) -> Any:

@@ -6,9 +6,15 @@ from megakd.common.errors import UserError
 from megakd.common.logging import log
 from megakd.config.checks import check_architecture, check_config
 from megakd.config.schema import Config
-from megakd.convert import check_hf_weights
+from megakd.convert import check_can_export, check_hf_weights, read_hf_config
+from megakd.convert.hf_config import family_for_export
 from megakd.data.fingerprint import check_same_tokenizer, read_metadata
-from megakd.training.architectures import student_architecture, teacher_architecture
+from megakd.training.architectures import (
+    exported_folder,
+    source_folder,
+    student_architecture,
+    teacher_architecture,
+)
 from megakd.training.train_data import open_held_out_samples, open_train_samples
 
 
@@ -21,6 +27,8 @@ def preflight(config: Config, world_size: int) -> None:
     check_config(config, world_size)
     _check_models(config)
     _check_data(config)
+    if config.run.export:
+        _check_export(config)
 
 
 def _check_models(config: Config) -> None:
@@ -41,7 +49,7 @@ def _check_data(config: Config) -> None:
     open_train_samples(config)
     if config.data.valid is not None or config.data.valid_fraction is not None:
         open_held_out_samples(config)
-    model = config.teacher.path if config.teacher else config.student.init.path if config.student.init else None
+    model = config.teacher.path if config.teacher is not None else source_folder(config)
     for key, prefix in (("data.train", config.data.train), ("data.valid", config.data.valid)):
         if prefix is None:
             continue
@@ -61,3 +69,10 @@ def _check_ids(key: str, prefix: str, config: Config) -> None:
             f"{key}: {prefix} was written with a tokenizer of {metadata['tokenizer']['vocab_size']} ids; the student "
             f"knows {known}. Preprocess the data with the student's tokenizer."
         )
+
+
+def _check_export(config: Config) -> None:
+    """A student that cannot be written must not be trained first."""
+    source = source_folder(config)
+    family_for_export(student_architecture(config), None if source is None else read_hf_config(source))
+    check_can_export(exported_folder(config), source)

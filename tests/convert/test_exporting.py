@@ -109,14 +109,25 @@ def test_a_tokenizer_source_without_tokenizer_is_told(tmp_path: Path, caplog: py
     assert "source has no tokenizer files" in caplog.text
 
 
-def test_another_folder_is_not_replaced(tmp_path: Path) -> None:
+@pytest.mark.parametrize("beside", [[], ["config.json"]])
+def test_a_folder_with_other_files_is_not_replaced(tmp_path: Path, beside: list[str]) -> None:
     source, out = tmp_path / "source", tmp_path / "out"
     save_llama(source)
     out.mkdir()
-    (out / "thesis.tex").write_text("precious")
-    with pytest.raises(UserError, match="out exists and is not a Hugging Face folder"):
+    for name in ["thesis.tex", *beside]:
+        (out / name).write_text("precious")
+    with pytest.raises(UserError, match=r"out holds thesis\.tex, which no export writes"):
         export_hf(stage_parameters(source), out, architecture_from_hf(source), dtype=torch.float32)
     assert (out / "thesis.tex").read_text() == "precious"
+
+
+@pytest.mark.parametrize("role", ["tokenizer_from", "source_config_dir"])
+def test_the_model_it_comes_from_is_not_replaced(tmp_path: Path, role: str) -> None:
+    source = tmp_path / "source"
+    save_llama(source)
+    parameters = stage_parameters(source)
+    with pytest.raises(UserError, match="source is where the model comes from"):
+        export_hf(parameters, source, architecture_from_hf(source), dtype=torch.float32, **{role: source})  # type: ignore[arg-type]
 
 
 def test_missing_parameter_is_named(tmp_path: Path) -> None:

@@ -1,0 +1,374 @@
+"""Rules between keys and between a model's shape and the layout: one small function each, one line where it fails."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from megakd.common.errors import UserError
+from megakd.config.architecture import GPTArchitecture
+from megakd.config.schema import Config, ParallelSection
+
+Role = Literal["student", "teacher"]
+
+
+def check_config(config: Config, world_size: int | None = None) -> None:
+    """Hold every rule against a configuration; those about ranks where `world_size` is given.
+
+    Raises:
+        UserError: the first rule that fails: key, value, rule and remedy.
+    """
+    check_student_source(config)
+    check_temperature(config)
+    check_loss_weights(config)
+    check_teacher(config)
+    check_held_out_source(config)
+    check_evaluation_data(config)
+    check_run_length(config)
+    check_learning_rates(config)
+    check_warmup(config)
+    check_overlap_param_gather(config)
+    check_context_parallel(config)
+    check_sequence_parallel(config)
+    check_stage_split(config)
+    check_written_architecture(config)
+    check_micro_batches(config)
+    if world_size is not None:
+        check_world_size(config, world_size)
+        check_global_batch(config, world_size)
+
+
+def check_student_source(config: Config) -> None:
+    """The student starts from one thing."""
+    given = [key for key in ("init", "architecture") if getattr(config.student, key) is not None]
+    if len(given) != 1:
+        found = "has both init and architecture" if given else "has neither init nor architecture"
+        raise UserError(
+            f"student {found}; it must have exactly one. Give student.init.path to start from a Hugging Face folder, "
+            "or student.architecture to start from random weights."
+        )
+
+
+def check_temperature(config: Config) -> None:
+    """Logits are divided by the temperature."""
+    temperature = config.distill.temperature
+    if temperature <= 0:
+        raise UserError(
+            f"distill.temperature is {temperature:g}; it must be > 0. Use 1.0 to leave the logits unscaled."
+        )
+
+
+def check_loss_weights(config: Config) -> None:
+    """Something must be trained on."""
+    if config.distill.kd_weight == 0 and config.distill.ce_weight == 0:
+        raise UserError(
+            "distill.kd_weight and distill.ce_weight are both 0; at least one must be > 0. Set distill.kd_weight to 1 "
+            "to learn from the teacher, or distill.ce_weight to 1 to learn from the data."
+        )
+
+
+def check_teacher(config: Config) -> None:
+    """A divergence needs a teacher."""
+    if config.distill.kd_weight > 0 and config.teacher is None:
+        raise UserError(
+            f"distill.kd_weight is {config.distill.kd_weight:g} and there is no teacher section. Set teacher.path, or "
+            "distill.kd_weight to 0 and distill.ce_weight above 0 to train without a teacher."
+        )
+
+
+def check_held_out_source(config: Config) -> None:
+    """Held-out data comes from one place."""
+    data = config.data
+    if data.valid is not None and data.valid_fraction is not None:
+        raise UserError(
+            f"data.valid is {data.valid!r} and data.valid_fraction is {data.valid_fraction:g}; at most one may be "
+            "given. Set the other to null."
+        )
+
+
+def check_evaluation_data(config: Config) -> None:
+    """Evaluations need held-out data."""
+    if config.data.valid is not None or config.data.valid_fraction is not None:
+        return
+    evaluation = config.evaluation
+    wanted = {"interval": evaluation.interval, "at_start": evaluation.at_start, "at_end": evaluation.at_end}
+    for key, value in wanted.items():
+        if value:
+            text = str(value).lower()
+            raise UserError(
+                f"evaluation.{key} is {text} and no held-out data is named. Set data.valid or data.valid_fraction, or "
+                f"leave evaluation.{key} out."
+            )
+
+
+def check_run_length(config: Config) -> None:
+    """One key says how long the run is."""
+    keys = ("train_steps", "train_tokens", "train_epochs")
+    given = [f"schedule.{key}" for key in keys if getattr(config.schedule, key) is not None]
+    if len(given) != 1:
+        found = f"{' and '.join(given)} are given" if given else "the length of the run is missing"
+        raise UserError(
+            f"{found}; exactly one of schedule.train_steps, train_tokens and train_epochs must be. "
+            + ("Set the others to null." if given else "Set schedule.train_steps, for example.")
+        )
+
+
+def check_learning_rates(config: Config) -> None:
+    """The rate falls to its minimum, not rises."""
+    lr, min_lr = config.optimizer.lr, config.optimizer.min_lr
+    if min_lr > lr:
+        raise UserError(
+            f"optimizer.min_lr is {min_lr:g}; it must be at most optimizer.lr, {lr:g}. Lower it or raise optimizer.lr."
+        )
+
+
+def check_warmup(config: Config) -> None:
+    """Warm-up ends before the run does; a run in epochs is as long as its data, which is not known here."""
+    schedule, data = config.schedule, config.data
+    if schedule.train_steps is not None:
+        steps, origin = schedule.train_steps, f"schedule.train_steps, {schedule.train_steps}"
+    elif schedule.train_tokens is not None:
+        tokens = data.sequence_length * data.global_batch_size
+        steps = math.ceil(schedule.train_tokens / tokens)
+        origin = (
+            f"the run's {steps} steps (schedule.train_tokens {schedule.train_tokens} in steps of data.sequence_length "
+            f"{data.sequence_length} x data.global_batch_size {data.global_batch_size} = {tokens} tokens)"
+        )
+    else:
+        return
+    if schedule.lr_warmup_steps >= steps:
+        raise UserError(
+            f"schedule.lr_warmup_steps is {schedule.lr_warmup_steps}; it must be less than {origin}. "
+            f"Use at most {steps - 1}, or train for longer."
+        )
+
+
+def check_overlap_param_gather(config: Config) -> None:
+    """Parameters are gathered bucket by bucket only where the distributed optimizer cut them for overlapped reduction.
+
+    Without the first, megatron-core never gathers at all; without the second, all parameters are one bucket.
+    """
+    optimizer = config.optimizer
+    if not optimizer.overlap_param_gather:
+        return
+    for key in ("use_distributed_optimizer", "overlap_grad_reduce"):
+        if not getattr(optimizer, key):
+            raise UserError(
+                f"optimizer.overlap_param_gather is true; it needs optimizer.{key}, which is false. Set "
+                f"optimizer.{key} to true, or optimizer.overlap_param_gather to false."
+            )
+
+
+def check_context_parallel(config: Config) -> None:
+    """One rank holds a whole sequence."""
+    size = config.parallel.context_parallel_size
+    if size > 1:
+        raise UserError(f"parallel.context_parallel_size is {size}; only 1 is built so far. Set it to 1.")
+
+
+def check_sequence_parallel(config: Config) -> None:
+    """Sequences are cut evenly over tensor ranks."""
+    parallel, length = config.parallel, config.data.sequence_length
+    tp = parallel.tensor_model_parallel_size
+    if not parallel.sequence_parallel:
+        return
+    if tp == 1:
+        raise UserError(
+            "parallel.sequence_parallel is true and has no effect with one tensor rank. Set it to false or "
+            "tensor_model_parallel_size above 1."
+        )
+    if length % tp:
+        raise UserError(
+            f"data.sequence_length is {length}; with parallel.sequence_parallel it must be a multiple of "
+            f"parallel.tensor_model_parallel_size, {tp}. Use {_neighbours(length, tp)}, or set "
+            "parallel.sequence_parallel to false."
+        )
+
+
+def check_stage_split(config: Config) -> None:
+    """One stage cannot be split unevenly."""
+    parallel = config.parallel
+    for key in ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"):
+        value = getattr(parallel, key)
+        if value is not None and parallel.pipeline_model_parallel_size == 1:
+            raise UserError(
+                f"parallel.{key} is {value}; it needs parallel.pipeline_model_parallel_size above 1. "
+                "Leave it out, or raise parallel.pipeline_model_parallel_size."
+            )
+
+
+def check_written_architecture(config: Config) -> None:
+    """A student whose shape is in the configuration fits the layout."""
+    if config.student.architecture is not None:
+        check_architecture(
+            "student",
+            config.student.architecture,
+            config.parallel,
+            config.data.sequence_length,
+            has_stage_split=True,
+            divisible_by=config.student.make_vocab_size_divisible_by,
+        )
+
+
+def check_micro_batches(config: Config) -> None:
+    """A step is a whole number of microbatches."""
+    batch, micro = config.data.global_batch_size, config.data.micro_batch_size
+    if batch % micro:
+        raise UserError(
+            f"data.global_batch_size is {batch}; it must be a multiple of data.micro_batch_size, {micro}. "
+            f"Use {_neighbours(batch, micro)}, or another data.micro_batch_size."
+        )
+
+
+def check_world_size(config: Config, world_size: int) -> None:
+    """The ranks are a whole number of model replicas."""
+    ranks = _ranks_per_replica(config.parallel)
+    if world_size % ranks:
+        raise UserError(
+            f"the run has {world_size} ranks; there must be a multiple of {_replica(config.parallel)} = {ranks}, the "
+            f"ranks of one model replica. Start {_neighbours(world_size, ranks)} ranks, or change the parallel section."
+        )
+
+
+def check_global_batch(config: Config, world_size: int) -> None:
+    """Every data-parallel rank has the same number of microbatches."""
+    batch, micro = config.data.global_batch_size, config.data.micro_batch_size
+    replicas = world_size // _ranks_per_replica(config.parallel)
+    if batch % (micro * replicas):
+        raise UserError(
+            f"data.global_batch_size is {batch}; it must be a multiple of data.micro_batch_size {micro} x "
+            f"data-parallel size {replicas} = {micro * replicas} ({world_size} ranks / ({_replica(config.parallel)})). "
+            f"Use {_neighbours(batch, micro * replicas)}."
+        )
+
+
+def check_architecture(
+    role: Role,
+    architecture: GPTArchitecture,
+    parallel: ParallelSection,
+    sequence_length: int,
+    *,
+    has_stage_split: bool,
+    divisible_by: int = 128,
+) -> None:
+    """Hold a model's shape against the layout and the sequence length.
+
+    Args:
+        has_stage_split: `num_layers_in_first_pipeline_stage` and `..._last_...` apply to this model.
+        divisible_by: the vocabulary is padded to a multiple of this.
+
+    Raises:
+        UserError: the first rule that fails.
+    """
+    check_positions(role, architecture, sequence_length)
+    check_tensor_split(role, architecture, parallel.tensor_model_parallel_size)
+    check_vocabulary_split(role, architecture, parallel.tensor_model_parallel_size, divisible_by)
+    if has_stage_split:
+        check_layer_split(
+            role,
+            architecture.num_layers,
+            parallel.pipeline_model_parallel_size,
+            parallel.num_layers_in_first_pipeline_stage,
+            parallel.num_layers_in_last_pipeline_stage,
+        )
+    else:
+        check_layer_split(role, architecture.num_layers, parallel.pipeline_model_parallel_size, None, None)
+
+
+def check_positions(role: Role, architecture: GPTArchitecture, sequence_length: int) -> None:
+    """The model has a position for every token of a sample."""
+    last = architecture.max_position_embeddings
+    if sequence_length > last:
+        raise UserError(
+            f"data.sequence_length is {sequence_length}; the {role}'s positions end at {last} "
+            f"(max_position_embeddings). Use at most {last}."
+        )
+
+
+def check_tensor_split(role: Role, architecture: GPTArchitecture, tensor_size: int) -> None:
+    """Heads, key-value heads and the MLP are cut evenly over tensor ranks."""
+    parts = {
+        "num_attention_heads": architecture.num_attention_heads,
+        "num_query_groups": architecture.num_query_groups,
+        "ffn_hidden_size": architecture.ffn_hidden_size,
+    }
+    for name, value in parts.items():
+        if value % tensor_size == 0:
+            continue
+        common = math.gcd(*parts.values())
+        usable = [str(size) for size in range(1, min(common, 128) + 1) if common % size == 0]
+        # megatron-core would keep copies of a key-value head on several ranks; conversion and loading do not.
+        copies = " (copies of a group on several ranks are not supported)" if name == "num_query_groups" else ""
+        raise UserError(
+            f"parallel.tensor_model_parallel_size is {tensor_size}; it must divide the {role}'s {name}, {value}"
+            f"{copies}. Use {_either(usable)}."
+        )
+
+
+def check_vocabulary_split(role: Role, architecture: GPTArchitecture, tensor_size: int, divisible_by: int) -> None:
+    """The padded vocabulary is cut evenly over tensor ranks."""
+    vocab = architecture.vocab_size
+    padded = math.ceil(vocab / divisible_by) * divisible_by
+    if padded % tensor_size:
+        remedy = "Use another size"
+        if role == "student":
+            remedy += f", or set student.make_vocab_size_divisible_by to {math.lcm(divisible_by, tensor_size)}"
+        raise UserError(
+            f"parallel.tensor_model_parallel_size is {tensor_size}; it must divide the {role}'s padded vocabulary, "
+            f"{padded} (vocab_size {vocab} up to a multiple of {divisible_by}). {remedy}."
+        )
+
+
+def check_layer_split(role: Role, num_layers: int, stages: int, first: int | None, last: int | None) -> None:
+    """Stages without a number of their own share the layers that are left evenly, at least one each.
+
+    `first` and `last` are the layers of the first and last pipeline stage, None for an equal share.
+    """
+    named = {
+        f"parallel.num_layers_in_{place}_pipeline_stage": value
+        for place, value in (("first", first), ("last", last))
+        if value is not None
+    }
+    left, sharing = num_layers - sum(named.values()), stages - len(named)
+    if sharing == 0 and left == 0 or sharing > 0 and left > 0 and left % sharing == 0:
+        return
+    if not named:
+        usable = [str(size) for size in range(1, num_layers + 1) if num_layers % size == 0]
+        remedy = "or give the first or the last stage its own number of layers" if role == "student" else ""
+        raise UserError(
+            f"parallel.pipeline_model_parallel_size is {stages}; it must divide the {role}'s {num_layers} layers"
+            f"{'' if role == 'student' else ', whose stages are always equal'}. Use {_either(usable)}"
+            f"{', ' + remedy if remedy else ''}."
+        )
+    given = " and ".join(f"{key} is {value}" for key, value in named.items())
+    if sharing == 0:
+        rule = f"with 2 stages they must add up to the {role}'s {num_layers} layers"
+    else:
+        others = "the other stage" if sharing == 1 else f"each of the {sharing} other stages"
+        rule = (
+            f"that leaves {left} of the {role}'s {num_layers} layers, and {others} of "
+            f"parallel.pipeline_model_parallel_size {stages} must get {'' if sharing == 1 else 'the same number, '}"
+            "at least 1"
+        )
+    raise UserError(f"{given}; {rule}. Change {' or '.join(named)}.")
+
+
+def _ranks_per_replica(parallel: ParallelSection) -> int:
+    return parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
+
+
+def _replica(parallel: ParallelSection) -> str:
+    return (
+        f"tensor {parallel.tensor_model_parallel_size} x pipeline {parallel.pipeline_model_parallel_size} x "
+        f"context {parallel.context_parallel_size}"
+    )
+
+
+def _neighbours(value: int, step: int) -> str:
+    """The multiples of `step` around `value`."""
+    below = value // step * step
+    return f"{below} or {below + step}" if below else str(step)
+
+
+def _either(choices: list[str]) -> str:
+    return choices[0] if len(choices) == 1 else f"{', '.join(choices[:-1])} or {choices[-1]}"
