@@ -12,7 +12,7 @@ import time
 import traceback
 from pathlib import Path
 
-from megakd.cli.failures import RankError, rank_record, save_rank_error
+from megakd.cli.failures import RankError, load_rank_errors, rank_record, save_rank_error
 from megakd.cli.processes import die_with_parent
 from megakd.common.errors import UserError
 
@@ -25,7 +25,9 @@ def main(argv: list[str]) -> int:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     faulthandler.enable()
     rank, log_dir = int(os.environ["RANK"]), Path(options["log_dir"])
-    rank_record(log_dir, rank).unlink(missing_ok=True)
+    # A record of bad input stays: the launcher may not have read it yet, and no restart cures it.
+    if not any(error.rank == rank and error.user_error for error in load_rank_errors(log_dir)):
+        rank_record(log_dir, rank).unlink(missing_ok=True)
     try:
         importlib.import_module(argv[1]).main(argv[2:])
     except BaseException as error:

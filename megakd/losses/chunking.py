@@ -31,4 +31,6 @@ def chunk_rows(
 def block_rows(rows: int, width: int, device: torch.device, element_size: int) -> int:
     """Rows of a chunk [rows, width] that one elementwise pass treats together, at least 1."""
     size = _BLOCK_BYTES.get(device.type, _BLOCK_BYTES["cuda"])
+    if device.type == "cpu":
+        size *= torch.get_num_threads()
     return max(1, min(rows, size // (element_size * width)))

@@ -83,7 +83,7 @@ def distillation_loss(
         main_grad=main_grad,
         grad_scale=grad_scale,
     )
-    total, kd, ce = _FusedLoss.apply(student_hidden, student_head, inputs, wanted)
+    total, kd, ce = _FusedLoss.apply(student_hidden, student_head, inputs, wanted)  # type: ignore[no-untyped-call]
     return LossSums(total, kd, ce, torch.count_nonzero(token_weights))
 
 
@@ -113,7 +113,7 @@ class _FusedLoss(torch.autograd.Function):
         return total, kd, ce
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         hidden_gradient, head_gradient = ctx.saved_tensors
         if hidden_gradient is not None:
@@ -149,10 +149,11 @@ def _run_chunks(
         if chunk.teacher is not None and teacher_hidden is not None and teacher_head is not None:
             project_(chunk.teacher, teacher_hidden[part], teacher_head)
             objective.shard.mask_(chunk.teacher)
-        rows = reduce_chunk(objective, chunk, labels[part])
+        blocks = chunk.blocks()
+        rows = reduce_chunk(objective, chunk, blocks, labels[part])
         sums += torch.stack([rows.kd, rows.ce]) @ weights[part]
         if wanted.hidden or wanted.head:
-            write_gradient(objective, chunk, labels[part], weights[part], rows)
+            write_gradient(objective, chunk, blocks, labels[part], weights[part], rows)
         if hidden_gradient is not None:
             project_back_(hidden_gradient[part], chunk.student, head)
         if head_gradient is not None:

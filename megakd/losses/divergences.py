@@ -17,34 +17,32 @@ from torch import Tensor
 class Divergence:
     """The three steps of one divergence.
 
-    reduce(z, u, scratch) -> (local, log_sum): z, u, scratch [r, v/tp]. Leaves z, overwrites u with e^u; log_sum [r]
-        is ln sum e^u, local [r] the divergence of the shard's own distributions less the student's ln sum e^z.
-    merge(local, student, teacher) -> [c]: the divergence over the whole vocabulary from all ranks' [tp, c]: local
-        divergences, and logarithms of the shares of q and p that fall into each shard.
-    add_gradient(g, u, teacher_factor): adds the teacher's part of the gradient with respect to z/T to g [r, v/tp],
-        which holds q times the same weight; teacher_factor [r, 1] turns e^u into weighted p.
+    reduce(z, u, scratch, total, weighted): z, u, scratch [r, v/tp]. Leaves z, turns u into e^u; writes total [r, 1]
+        = sum e^u, and weighted [r, 1], a sum with the weights e^u.
+    merge(mean, z_shift, u_shift, z_log_sum, u_log_sum) -> [c]: the divergence over the whole vocabulary. Of all ranks,
+        [tp, c]: mean = weighted / total, what makes z and u logarithms of q and p, ln sum e^z and ln sum e^u.
+    add_gradient(g, u, u_factor): adds the teacher's part of the gradient with respect to z/T to g [r, v/tp], which
+        holds q times the same weight; u_factor [r, 1] turns what `reduce` left into weighted p.
     """
 
-    reduce: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-    merge: Callable[[Tensor, Tensor, Tensor], Tensor]
+    reduce: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
+    merge: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
     add_gradient: Callable[[Tensor, Tensor, Tensor], None]
 
 
-def _reduce_forward_kl(z: Tensor, u: Tensor, scratch: Tensor) -> tuple[Tensor, Tensor]:
+def _reduce_forward_kl(z: Tensor, u: Tensor, scratch: Tensor, total: Tensor, weighted: Tensor) -> None:
     torch.sub(u, z, out=scratch)
-    total = u.exp_().sum(1)
-    log_sum = total.log()
-    return scratch.mul_(u).sum(1).div_(total).sub_(log_sum), log_sum
+    torch.sum(u.exp_(), 1, keepdim=True, out=total)
+    torch.sum(scratch.mul_(u), 1, keepdim=True, out=weighted)
 
 
-def _merge_forward_kl(local: Tensor, student: Tensor, teacher: Tensor) -> Tensor:
-    # Chain rule: the divergence inside each shard plus that between the shares, both weighted by p's share. A
-    # shard of padding has share 0 and finite logarithms.
-    return (teacher.exp() * (local + teacher - student)).sum(0)
+def _merge_forward_kl(mean: Tensor, z_shift: Tensor, u_shift: Tensor, z_log_sum: Tensor, u_log_sum: Tensor) -> Tensor:
+    # exp(u_shift + u_log_sum) is the share of p in a shard: 0 in one of padding, where everything here is finite.
+    return ((u_shift + u_log_sum).exp() * (mean + u_shift - z_shift)).sum(0)
 
 
-def _add_forward_kl_gradient(g: Tensor, u: Tensor, teacher_factor: Tensor) -> None:
-    g.addcmul_(u, teacher_factor, value=-1)
+def _add_forward_kl_gradient(g: Tensor, u: Tensor, u_factor: Tensor) -> None:
+    g.addcmul_(u, u_factor, value=-1)
 
 
 DIVERGENCES: dict[str, Divergence] = {

@@ -28,8 +28,18 @@ class Objective:
 
 
 @dataclass(frozen=True)
+class Block:
+    """Some rows of a chunk: logits z and u [r, v/tp] (u None without a teacher), scratch of that shape."""
+
+    part: slice
+    z: Tensor
+    u: Tensor | None
+    scratch: Tensor
+
+
+@dataclass(frozen=True)
 class ChunkBuffers:
-    """Reused memory: student [c, v/tp], teacher of that shape or None, scratch [r, v/tp] for a block of r rows."""
+    """Reused memory: student's and teacher's logits [c, v/tp], and scratch [r, v/tp] for a block of r rows."""
 
     student: Tensor
     teacher: Tensor | None
@@ -39,6 +49,17 @@ class ChunkBuffers:
         """The same memory for a chunk of `count` rows."""
         teacher = None if self.teacher is None else self.teacher[:count]
         return ChunkBuffers(self.student[:count], teacher, self.scratch)
+
+    def blocks(self) -> list[Block]:
+        """The chunk in blocks that elementwise passes treat one after the other."""
+        count, step = self.student.shape[0], self.scratch.shape[0]
+        parts = [slice(start, min(start + step, count)) for start in range(0, count, step)]
+        return [
+            Block(
+                p, self.student[p], None if self.teacher is None else self.teacher[p], self.scratch[: p.stop - p.start]
+            )
+            for p in parts
+        ]
 
 
 @dataclass(frozen=True)
@@ -65,108 +86,100 @@ def build_buffers(objective: Objective, rows: int, dtype: torch.dtype, device: t
     return ChunkBuffers(student, teacher, torch.empty((block, width), dtype=dtype, device=device))
 
 
-def reduce_chunk(objective: Objective, buffers: ChunkBuffers, labels: Tensor) -> ChunkRows:
+def reduce_chunk(objective: Objective, buffers: ChunkBuffers, blocks: list[Block], labels: Tensor) -> ChunkRows:
     """The losses of a chunk's rows, labels [c]; one collective over the tensor ranks.
 
-    Buffers hold masked logits at T = 1. Afterwards the student's holds z - max, exponentiated where T is 1, and the
-    teacher's what its divergence leaves there.
+    Buffers hold masked logits at T = 1. Afterwards the student's holds z/T - maximum, exponentiated where T is 1, and
+    the teacher's what its divergence leaves there.
     """
     shard, temperature = objective.shard, objective.temperature
-    student = buffers.student
     columns, held = shard.locate(labels)
-    label_logit = student.gather(1, columns).mul_(held).squeeze(1)
-    blocks = [_reduce_block(objective, *block) for block in _blocks(buffers)]
-    maximum, log_sum, log_sum_ce, *teacher = (torch.cat(parts) for parts in zip(*blocks, strict=True))
+    label_logit = buffers.student.gather(1, columns).mul_(held)
+    figures = buffers.student.new_empty((3 if objective.divergence is None else 6, labels.shape[0], 1))
+    for block in blocks:
+        _reduce_block(objective, block, list(figures[:, block.part].unbind()))
+    figures[1:3].log_()
+    if objective.divergence is not None:
+        figures[5].div_(figures[4])
+        figures[4].log_()
 
-    statistics = torch.stack([label_logit, maximum, log_sum, log_sum_ce, *teacher], dim=1)
-    gathered = shard.gather_statistics(statistics).unbind(2)  # each [tp, c]
-
-    highest, shares, total = merge_sums(gathered[1], gathered[2])
-    highest_ce, _, total_ce = merge_sums(temperature * gathered[1], gathered[3])
-    ce = highest_ce - gathered[0].sum(0) + total_ce
-    shift = (maximum - highest - total).unsqueeze(1)
-    shift_ce = (temperature * maximum - highest_ce - total_ce).unsqueeze(1)
+    gathered = shard.gather_statistics(torch.cat([label_logit, *figures.unbind()], dim=1)).unbind(2)  # each [tp, c]
+    label_logits, maxima, log_sums, log_sums_ce, *teacher = gathered
+    highest_ce, total_ce, shifts_ce = merge_sums(temperature * maxima, log_sums_ce)
+    shifts = shifts_ce if temperature == 1.0 else merge_sums(maxima, log_sums)[2]
+    ce = highest_ce - label_logits.sum(0) + total_ce
+    mine = shard.tp_rank
     if objective.divergence is None:
-        return ChunkRows(torch.zeros_like(ce), ce, shift, shift_ce, None)
-    highest_teacher, teacher_shares, teacher_total = merge_sums(gathered[4], gathered[5])
-    kd = objective.divergence.merge(gathered[6] + gathered[2], shares, teacher_shares)
-    teacher_shift = teacher[0] - highest_teacher - teacher_total
-    return ChunkRows(kd, ce, shift, shift_ce, teacher_shift.unsqueeze(1))
+        return ChunkRows(torch.zeros_like(ce), ce, shifts[mine].unsqueeze(1), shifts_ce[mine].unsqueeze(1), None)
+    teacher_maxima, teacher_log_sums, means = teacher
+    teacher_shifts = merge_sums(teacher_maxima, teacher_log_sums)[2]
+    kd = objective.divergence.merge(means, shifts, teacher_shifts, log_sums, teacher_log_sums)
+    own = [every[mine].unsqueeze(1) for every in (shifts, shifts_ce, teacher_shifts)]
+    return ChunkRows(kd, ce, own[0], own[1], own[2])
 
 
 def merge_sums(maxima: Tensor, log_sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of all ranks' maxima and ln sum e^(x - maximum), [tp, c]: the maximum [c], the logarithms of the ranks' shares
-    in the whole sum [tp, c], and ln sum e^(x - maximum) [c].
+    """Put all ranks' maxima and ln sum e^(x - maximum), [tp, c], together: (highest, total, shifts).
 
-    Maxima stay apart from the logarithms, which would lose their digits beside large logits.
+    highest [c] is the maximum of all, total [c] is ln sum e^(x - highest), and shifts [tp, c] added to a rank's
+    x - maximum give the logarithm of the softmax. Maxima stay apart from logarithms of sums, which would lose their
+    digits beside large logits.
     """
     highest = maxima.amax(0)
-    relative = maxima - highest + log_sums
-    total = torch.logsumexp(relative, 0)
-    return highest, relative - total, total
+    relative = maxima - highest
+    total = torch.logsumexp(relative + log_sums, 0)
+    return highest, total, relative - total
 
 
 def write_gradient(
-    objective: Objective, buffers: ChunkBuffers, labels: Tensor, token_weights: Tensor, rows: ChunkRows
+    objective: Objective, buffers: ChunkBuffers, blocks: list[Block], labels: Tensor, weights: Tensor, rows: ChunkRows
 ) -> None:
-    """Overwrite the student's buffer with the weighted gradient with respect to its logits; token_weights [c]."""
-    weights = token_weights.unsqueeze(1)
-    kd, ce = objective.kd_slope * weights, objective.ce_weight * weights
-    start = 0
-    for z, u, scratch in _blocks(buffers):
-        part = slice(start, start + z.shape[0])
-        start += z.shape[0]
+    """Overwrite the student's buffer with the gradient with respect to its logits; token weights [c]."""
+    kd, ce = (weight * weights.unsqueeze(1) for weight in (objective.kd_slope, objective.ce_weight))
+    student_factor = (kd + ce) * rows.student_shift.exp()
+    teacher_factor = None if rows.teacher_shift is None else kd * rows.teacher_shift.exp()
+    for block in blocks:
+        part = block.part
         if objective.temperature == 1.0:
-            z.mul_((kd[part] + ce[part]) * rows.student_shift[part].exp())
+            block.z.mul_(student_factor[part])
         else:
-            _write_tempered_student(objective, z, scratch, kd[part], ce[part], rows, part)
-        if u is not None and objective.divergence is not None and rows.teacher_shift is not None:
-            objective.divergence.add_gradient(z, u, kd[part] * rows.teacher_shift[part].exp())
+            _write_tempered_student(objective, block, kd[part], ce[part], rows)
+        if objective.divergence is not None and block.u is not None and teacher_factor is not None:
+            objective.divergence.add_gradient(block.z, block.u, teacher_factor[part])
     columns, held = objective.shard.locate(labels)
     buffers.student.scatter_add_(1, columns, -ce * held)
 
 
-def _write_tempered_student(
-    objective: Objective, z: Tensor, scratch: Tensor, kd: Tensor, ce: Tensor, rows: ChunkRows, part: slice
-) -> None:
+def _write_tempered_student(objective: Objective, block: Block, kd: Tensor, ce: Tensor, rows: ChunkRows) -> None:
     """z = kd * q(T) + ce * q(1)."""
     if objective.ce_weight != 0.0:
-        torch.mul(z, objective.temperature, out=scratch)
-        scratch.add_(rows.cross_entropy_shift[part]).exp_().mul_(ce)
-    z.add_(rows.student_shift[part]).exp_().mul_(kd)
+        torch.mul(block.z, objective.temperature, out=block.scratch)
+        block.scratch.add_(rows.cross_entropy_shift[block.part]).exp_().mul_(ce)
+    block.z.add_(rows.student_shift[block.part]).exp_().mul_(kd)
     if objective.ce_weight != 0.0:
-        z.add_(scratch)
+        block.z.add_(block.scratch)
 
 
-def _blocks(buffers: ChunkBuffers) -> list[tuple[Tensor, Tensor | None, Tensor]]:
-    """The chunk cut into blocks of rows: student's, teacher's and scratch memory."""
-    step = buffers.scratch.shape[0]
-    students = torch.split(buffers.student, step)
-    teachers = [None] * len(students) if buffers.teacher is None else torch.split(buffers.teacher, step)
-    return [(z, u, buffers.scratch[: z.shape[0]]) for z, u in zip(students, teachers, strict=True)]
-
-
-def _reduce_block(objective: Objective, z: Tensor, u: Tensor | None, scratch: Tensor) -> list[Tensor]:
-    """Local figures [r]: max z, ln sum e^z, ln sum e^(T z); with a teacher also max u, ln sum e^u and divergence."""
-    temperature = objective.temperature
-    maximum = _shift(z, temperature)
-    teacher: list[Tensor] = []
-    if u is not None and objective.divergence is not None:
-        teacher_maximum = _shift(u, temperature)
-        local, log_sum = objective.divergence.reduce(z, u, scratch)
-        teacher = [teacher_maximum, log_sum, local]
+def _reduce_block(objective: Objective, block: Block, figures: list[Tensor]) -> None:
+    """Write local figures, each [r, 1]: max z/T, sum e^(z/T - max), sum e^(T (z/T - max)); with a teacher also
+    max u/T and the two sums of its divergence.
+    """
+    z, scratch, temperature = block.z, block.scratch, objective.temperature
+    _shift(z, temperature, figures[0])
+    if block.u is not None and objective.divergence is not None:
+        _shift(block.u, temperature, figures[3])
+        objective.divergence.reduce(z, block.u, scratch, figures[4], figures[5])
     if temperature == 1.0:
-        log_sum_z = z.exp_().sum(1).log_()
-        return [maximum, log_sum_z, log_sum_z, *teacher]
-    log_sum_z = torch.exp(z, out=scratch).sum(1).log_()
-    log_sum_ce = torch.mul(z, temperature, out=scratch).exp_().sum(1).log_()
-    return [maximum, log_sum_z, log_sum_ce, *teacher]
+        torch.sum(z.exp_(), 1, keepdim=True, out=figures[1])
+        figures[2].copy_(figures[1])
+    else:
+        torch.sum(torch.exp(z, out=scratch), 1, keepdim=True, out=figures[1])
+        torch.sum(torch.mul(z, temperature, out=scratch).exp_(), 1, keepdim=True, out=figures[2])
 
 
-def _shift(logits: Tensor, temperature: float) -> Tensor:
-    """Divide by the temperature and take each row's maximum off, in place; the maxima [r]."""
+def _shift(logits: Tensor, temperature: float, maximum: Tensor) -> None:
+    """Divide logits [r, v/tp] by the temperature and take their maximum [r, 1] off, in place."""
     if temperature != 1.0:
         logits.mul_(1.0 / temperature)
-    maximum = logits.amax(1, keepdim=True)
+    torch.amax(logits, 1, keepdim=True, out=maximum)
     logits.sub_(maximum)
-    return maximum.squeeze(1)

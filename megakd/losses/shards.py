@@ -18,6 +18,7 @@ class VocabularyShard:
 
     group: dist.ProcessGroup | None
     tp_size: int
+    tp_rank: int
     first_id: int
     width: int
     valid: int
@@ -45,13 +46,14 @@ class VocabularyShard:
 def build_shard(width: int, vocab_size: int, group: dist.ProcessGroup | None) -> VocabularyShard:
     """The shard of a rank that holds `width` of the padded vocabulary's columns; ValueError where ids are missing."""
     tp_size = 1 if group is None else group.size()
-    first_id = 0 if group is None else group.rank() * width
+    tp_rank = 0 if group is None else group.rank()
+    first_id = tp_rank * width
     if not 0 < vocab_size <= tp_size * width:
         raise ValueError(
             f"vocab_size is {vocab_size}, but the heads have {tp_size} x {width} rows; it must be between 1 and "
             f"{tp_size * width}. Use the smaller of the two models' vocab_size."
         )
-    return VocabularyShard(group, tp_size, first_id, width, min(max(vocab_size - first_id, 0), width))
+    return VocabularyShard(group, tp_size, tp_rank, first_id, width, min(max(vocab_size - first_id, 0), width))
 
 
 def gather_sequence(hidden: Tensor, group: dist.ProcessGroup | None) -> Tensor:

@@ -76,7 +76,7 @@ def _fill(inputs: LossInputs, hidden: Tensor, head: Tensor, figures: Tensor, agr
             first = _likeliest(shard, chunk.student)
             agree[part] = first == _likeliest(shard, chunk.teacher)
             figures[2, part] = _cross_entropy(shard, chunk.teacher, labels, chunk.scratch)
-        rows = reduce_chunk(objective, chunk, labels)
+        rows = reduce_chunk(objective, chunk, chunk.blocks(), labels)
         figures[0, part], figures[1, part] = rows.kd, rows.ce
 
 
@@ -99,5 +99,5 @@ def _cross_entropy(shard: VocabularyShard, logits: Tensor, labels: Tensor, scrat
         log_sums.append(torch.sub(block, top, out=scratch[: len(block)]).exp_().sum(1).log_())
     figures = torch.stack([label_logit, maximum.squeeze(1), torch.cat(log_sums)], dim=1)
     gathered = shard.gather_statistics(figures).unbind(2)
-    highest, _, total = merge_sums(gathered[1], gathered[2])
+    highest, total, _ = merge_sums(gathered[1], gathered[2])
     return highest - gathered[0].sum(0) + total

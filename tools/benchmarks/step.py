@@ -45,7 +45,7 @@ def main() -> None:
 
     def architecture(hidden: int) -> GPTArchitecture:
         return GPTArchitecture(
-            num_layers=arguments.layers, hidden_size=hidden, ffn_hidden_size=4 * hidden // 3 * 2, vocab_size=arguments.vocab,
+            num_layers=arguments.layers, hidden_size=hidden, ffn_hidden_size=hidden * 8 // 3 // 64 * 64, vocab_size=arguments.vocab,
             num_attention_heads=hidden // 64, num_query_groups=hidden // 128, max_position_embeddings=arguments.sequence,
         )  # fmt: skip
 
