@@ -1,5 +1,5 @@
 """Distributed checkpoints of a run."""
 
-from megakd.checkpoint.run_state import checkpoint_steps, latest_checkpoint, load_checkpoint, save_checkpoint
+from megakd.platform import prepare_megatron
 
-__all__ = ["checkpoint_steps", "latest_checkpoint", "load_checkpoint", "save_checkpoint"]
+prepare_megatron()

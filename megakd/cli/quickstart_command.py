@@ -20,9 +20,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Prepare the text, distil, train the comparison, report. Returns the exit status."""
-    from megakd.platform import silence_megatron
-
-    silence_megatron()
     from megakd.report import quickstart
 
     if args.steps is not None and args.steps < 1:

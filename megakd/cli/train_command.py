@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 
-from megakd.cli.launch import run_action
 from megakd.common.errors import UserError
 from megakd.config.load import load_config
 from megakd.config.schema import ParallelSection
+from megakd.launch.launcher import run_action
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -37,9 +37,6 @@ def run_configuration(action: str, args: argparse.Namespace, max_restarts: int =
     config = load_config(args.config, args.overrides)
     world_size = choose_world_size(config.parallel, args.nproc_per_node)
 
-    from megakd.platform import silence_megatron
-
-    silence_megatron()
     from megakd.training.preflight import preflight
 
     preflight(config, world_size)

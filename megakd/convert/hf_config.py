@@ -133,6 +133,11 @@ def _read_rope(config: Mapping[str, Any], file: Path) -> tuple[float, RopeScalin
     for name, value in scaling.items():
         if not isinstance(value, int | float) or value <= 0:
             raise UserError(f"{key}.{name} is {_show(value)} in {file}; rope_type llama3 needs a number above 0.")
+    if scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+        raise UserError(
+            f"{key}.low_freq_factor is {scaling['low_freq_factor']} in {file}; it must be below high_freq_factor, "
+            f"{scaling['high_freq_factor']}."
+        )
     return theta, RopeScaling(**scaling)
 
 

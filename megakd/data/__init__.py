@@ -1,5 +1,5 @@
-"""Token files, tokenizers, samples and microbatches."""
+"""Token files, the samples cut from them, and the batches every rank reads."""
 
-from megakd.platform import silence_megatron
+from megakd.platform import prepare_megatron
 
-silence_megatron()  # before indexed.py imports megatron-core, in processes that never build a platform too
+prepare_megatron()

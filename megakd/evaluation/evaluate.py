@@ -74,7 +74,7 @@ def evaluate(
                 chunk_mib=chunk_mib,
             )  # fmt: skip
             columns = [torch.ones_like(weights), statistics.ce]
-            if signal is not None:
+            if statistics.agree is not None and statistics.teacher_ce is not None:
                 columns += [statistics.kd, statistics.agree, statistics.teacher_ce]
             counted = weights != 0
             return torch.stack([column[counted].double().sum() for column in columns])

@@ -117,9 +117,9 @@ class _FusedLoss(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         hidden_gradient, head_gradient = ctx.saved_tensors
         if hidden_gradient is not None:
-            hidden_gradient = hidden_gradient * gradient.to(hidden_gradient.dtype)
+            hidden_gradient = _scaled(hidden_gradient, gradient)
         if head_gradient is not None:
-            head_gradient = (head_gradient * gradient).to(ctx.head_dtype)
+            head_gradient = _scaled(head_gradient, gradient).to(ctx.head_dtype)
         elif ctx.head is not None:
             head_gradient = _stand_in_gradient(ctx.head, gradient, ctx.wanted.grad_scale)
         return hidden_gradient, head_gradient, None, None
@@ -138,7 +138,7 @@ def _run_chunks(
     hidden_gradient = torch.empty_like(rows_hidden, dtype=dtype) if wanted.hidden else None
     head_gradient = wanted.main_grad if wanted.head else None
     if wanted.head and head_gradient is None:
-        head_gradient = torch.zeros_like(head, dtype=dtype)
+        head_gradient = torch.empty_like(head, dtype=dtype) if len(labels) else torch.zeros_like(head, dtype=dtype)
     scale = 1.0 if wanted.main_grad is None else wanted.grad_scale
 
     for start in range(0, labels.shape[0], inputs.chunk_rows):
@@ -157,7 +157,8 @@ def _run_chunks(
         if hidden_gradient is not None:
             project_back_(hidden_gradient[part], chunk.student, head)
         if head_gradient is not None:
-            add_head_gradient_(head_gradient, chunk.student, rows_hidden[part], scale)
+            overwrite = wanted.main_grad is None and start == 0
+            add_head_gradient_(head_gradient, chunk.student, rows_hidden[part], scale=scale, overwrite=overwrite)
 
     if hidden_gradient is not None:
         hidden_gradient = reduce_hidden_gradient(hidden_gradient, objective.shard.group, inputs.sequence_parallel)
@@ -165,6 +166,13 @@ def _run_chunks(
     kd, ce = sums.unbind()
     # Copies, since an autograd function may not return two views of one tensor.
     return kd.clone(), ce.clone(), hidden_gradient, head_gradient
+
+
+def _scaled(saved: Tensor, gradient: Tensor) -> Tensor:
+    """saved * gradient, without a copy of a head's size where the host knows that the gradient is 1."""
+    if not gradient.is_cuda and gradient.item() == 1.0:
+        return saved
+    return saved * gradient.to(saved.dtype)
 
 
 def _stand_in_gradient(head: Tensor, gradient: Tensor, grad_scale: float) -> Tensor:

@@ -16,13 +16,17 @@ def project_back_(hidden_gradient: Tensor, logits_gradient: Tensor, head: Tensor
     _product_(hidden_gradient, logits_gradient.to(head.dtype), head)
 
 
-def add_head_gradient_(head_gradient: Tensor, logits_gradient: Tensor, hidden: Tensor, scale: float) -> None:
-    """head_gradient [v/tp, h] += scale * logits_gradient^T [v/tp, c] hidden [c, h]."""
-    if hidden.dtype != head_gradient.dtype and hidden.is_cuda:
+def add_head_gradient_(
+    head_gradient: Tensor, logits_gradient: Tensor, hidden: Tensor, *, scale: float, overwrite: bool
+) -> None:
+    """head_gradient [v/tp, h] += scale * logits_gradient^T [v/tp, c] hidden [c, h], or = where `overwrite` is set."""
+    beta = 0.0 if overwrite else 1.0  # 0 also ignores what uninitialised memory holds
+    dtype = head_gradient.dtype
+    if hidden.dtype != dtype and hidden.is_cuda:
         narrow = logits_gradient.to(hidden.dtype).t()
-        torch.addmm(head_gradient, narrow, hidden, head_gradient.dtype, alpha=scale, out=head_gradient)
+        torch.addmm(head_gradient, narrow, hidden, dtype, beta=beta, alpha=scale, out=head_gradient)
     else:
-        head_gradient.addmm_(logits_gradient.t(), hidden.to(head_gradient.dtype), alpha=scale)
+        head_gradient.addmm_(logits_gradient.to(dtype).t(), hidden.to(dtype), beta=beta, alpha=scale)
 
 
 def _product_(out: Tensor, left: Tensor, right: Tensor) -> None:

@@ -48,7 +48,7 @@ class HiddenStateGPT(GPTModel):
         super().__init__(*args, **kwargs)
         if self.post_process:
             # Same parameters, names and checkpoint entries; only what forward does with them differs.
-            self.output_layer.__class__ = OutputHead
+            self.output_layer.__class__ = OutputHead  # type: ignore[assignment]
 
     def drop_head(self) -> None:
         """Free the output layer of a model whose head is kept elsewhere."""

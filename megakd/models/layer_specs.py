@@ -45,9 +45,7 @@ def build_block_spec(architecture: GPTArchitecture, layer_spec: str, num_layers:
 
 def _local_layer(architecture: GPTArchitecture) -> ModuleSpec:
     # megatron-core's local norm refuses sequence parallelism and its attention holds s x s scores: both are ours.
-    layer = get_gpt_layer_local_spec(
-        normalization=architecture.normalization, qk_layernorm=architecture.qk_layernorm
-    )
+    layer = get_gpt_layer_local_spec(normalization=architecture.normalization, qk_layernorm=architecture.qk_layernorm)
     norm = norm_class(architecture.normalization)
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = norm
     attention = layer.submodules.self_attention.submodules

@@ -15,6 +15,4 @@ def seed_megatron(seed: int, mesh: ModelMesh) -> None:
     """
     if parallel_state._GLOBAL_MEMORY_BUFFER is None:
         parallel_state._set_global_memory_buffer()
-    model_parallel_cuda_manual_seed(
-        seed, tp_rank=mesh.tp_rank, ep_rank=0, etp_rank=mesh.tp_rank, force_reset_rng=True
-    )
+    model_parallel_cuda_manual_seed(seed, tp_rank=mesh.tp_rank, ep_rank=0, etp_rank=mesh.tp_rank, force_reset_rng=True)

@@ -1,7 +1,7 @@
 """The machine a process runs on: cuda/nccl or cpu/gloo, chosen once. Import before megatron-core."""
 
 from megakd.platform.accelerations import Accelerations, detect_accelerations
-from megakd.platform.device import Platform, build_platform, init_distributed, shutdown_distributed, silence_megatron
+from megakd.platform.device import Platform, build_platform, init_distributed, prepare_megatron, shutdown_distributed
 
 __all__ = [
     "Accelerations",
@@ -9,6 +9,6 @@ __all__ = [
     "build_platform",
     "detect_accelerations",
     "init_distributed",
+    "prepare_megatron",
     "shutdown_distributed",
-    "silence_megatron",
 ]

@@ -36,7 +36,8 @@ def detect_accelerations() -> Accelerations:
     apex = _why_not("apex", "apex.multi_tensor_apply")
     if apex is not None and importlib.util.find_spec("apex") is not None:
         apex = "the installed package named apex is not NVIDIA Apex"
-    return Accelerations(_why_not("transformer_engine", "transformer_engine.pytorch"), apex, _why_not("triton", "triton"))
+    engine = _why_not("transformer_engine", "transformer_engine.pytorch")
+    return Accelerations(engine, apex, _why_not("triton", "triton"))
 
 
 def _why_not(package: str, module: str) -> str | None:

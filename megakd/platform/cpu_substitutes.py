@@ -101,7 +101,7 @@ def _substitute_device_arguments() -> None:
             kwargs["device"] = _CPU
         return tensor_to(self, *args, **kwargs)
 
-    torch.Tensor.to = to  # type: ignore[method-assign]
+    torch.Tensor.to = to  # type: ignore[method-assign, assignment]
 
 
 def _substitute_type_names() -> None:

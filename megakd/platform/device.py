@@ -44,20 +44,27 @@ class Platform:
 
 @lru_cache(maxsize=1)
 def build_platform() -> Platform:
-    """Choose the device once for this process and make megatron-core importable on it.
-
-    On CPU the substitutes that megatron-core needs are applied (see cpu_substitutes). Its import-time warnings
-    about absent accelerations are silenced: `detect_accelerations` says the same once.
-    """
-    silence_megatron()
+    """Choose the device once for this process."""
+    prepare_megatron()
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
         # Sequence-parallel overlap in megatron-core relies on kernels being launched in order on one queue.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         return Platform(device, "nccl")
-    cpu_substitutes.apply_cpu_substitutes()
     return Platform(torch.device("cpu"), "gloo")
+
+
+@lru_cache(maxsize=1)
+def prepare_megatron() -> None:
+    """Make megatron-core importable here; every package that imports it calls this first. Touches no GPU.
+
+    Its import-time warnings about absent accelerations are silenced, since `detect_accelerations` says the same once,
+    and without a GPU the substitutes that it needs are applied (see cpu_substitutes).
+    """
+    _silence_megatron()
+    if not torch.cuda.is_available():
+        cpu_substitutes.apply_cpu_substitutes()
 
 
 def init_distributed(platform: Platform, timeout_minutes: float = 30.0) -> None:
@@ -80,8 +87,7 @@ def shutdown_distributed() -> None:
         dist.destroy_process_group()
 
 
-def silence_megatron() -> None:
-    """Keep megatron-core's advice to its developers off the user's screen; call before importing it."""
+def _silence_megatron() -> None:
     warnings.filterwarnings("ignore", message=r".*(?:[Tt]ransformer[ _][Ee]ngine|[Aa]pex|nvidia-modelopt|flash_mla).*")
     # megatron-core's layers and optimizer call what newer torch releases rename; the advice is not for our users.
     warnings.filterwarnings("ignore", message=r".*CUDA_DEVICE_MAX_CONNECTIONS.*")

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import megakd
-from megakd.cli.launch import run_action
 from megakd.common.errors import UserError
 from megakd.common.logging import log
 from megakd.config.load import load_config
 from megakd.config.schema import Config
 from megakd.data.preprocess import write_documents
 from megakd.data.tokenizer import load_tokenizer
+from megakd.launch.launcher import run_action
 from megakd.training.preflight import preflight
 
 _MIN_HELD_OUT_TOKENS = 50_000

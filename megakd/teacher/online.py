@@ -76,9 +76,7 @@ def build_online_teacher(
     model = build_gpt(
         architecture, mesh, dtype=dtype, layer_spec=layer_spec, sequence_parallel=sequence_parallel, head=False
     )
-    load_hf_weights(
-        canonical_parameters(model).items(), path, architecture, tp_rank=mesh.tp_rank, tp_size=mesh.tp_size
-    )
+    load_hf_weights(canonical_parameters(model).items(), path, architecture, tp_rank=mesh.tp_rank, tp_size=mesh.tp_size)
     head = None
     if mesh.is_last_stage:
         head = load_hf_head(

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from megakd.platform import prepare_megatron
+
 if TYPE_CHECKING:
     from megakd.training.loop import DistillResult, distill, evaluate_run
+
+prepare_megatron()
 
 __all__ = ["DistillResult", "distill", "evaluate_run"]
 

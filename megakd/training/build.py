@@ -81,9 +81,7 @@ def build_student(config: Config, mesh: ModelMesh, layer_spec: str) -> Student:
     return Student(wrapped, architecture, mesh, model.config.sequence_parallel)
 
 
-def wrap_data_parallel(
-    model: HiddenStateGPT, mesh: ModelMesh, optimizer: OptimizerSection
-) -> DistributedDataParallel:
+def wrap_data_parallel(model: HiddenStateGPT, mesh: ModelMesh, optimizer: OptimizerSection) -> DistributedDataParallel:
     """megatron-core's data parallelism around a stage: fp32 gradient buffers, reduced as the optimizer needs them."""
     wrapped = DistributedDataParallel(
         model.config,

@@ -18,9 +18,7 @@ def forward_flops_per_token(architecture: GPTArchitecture, sequence_length: int)
     return 2.0 * (a.num_layers * (projections + mlp + attention) + a.hidden_size * a.vocab_size)
 
 
-def step_flops(
-    student: GPTArchitecture, teacher: GPTArchitecture | None, sequence_length: int, tokens: int
-) -> float:
+def step_flops(student: GPTArchitecture, teacher: GPTArchitecture | None, sequence_length: int, tokens: int) -> float:
     """Student forward and backward (three forwards) and, where it runs, the teacher's forward."""
     per_token = 3 * forward_flops_per_token(student, sequence_length)
     if teacher is not None:

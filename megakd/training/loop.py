@@ -8,7 +8,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megakd.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from megakd.checkpoint.run_state import latest_checkpoint, load_checkpoint, save_checkpoint
 from megakd.common.errors import UserError
 from megakd.common.logging import configure_logging, log
 from megakd.config.checks import check_config
@@ -21,8 +21,8 @@ from megakd.platform import Platform, build_platform, detect_accelerations, init
 from megakd.teacher import Teacher
 from megakd.training.architectures import shared_vocab_size, student_architecture, teacher_architecture
 from megakd.training.build import (
-    Student,
     DTYPES,
+    Student,
     build_adam,
     build_meshes,
     build_student,
@@ -33,6 +33,7 @@ from megakd.training.flops import step_flops
 from megakd.training.held_out import held_out_batches
 from megakd.training.metrics import MetricsWriter, describe_scores
 from megakd.training.objective import Objective
+from megakd.training.preflight import check_models
 from megakd.training.run_folder import save_run_description
 from megakd.training.schedule import learning_rate, total_steps
 from megakd.training.step import StepResult, train_step
@@ -75,6 +76,7 @@ def _start(config: Config) -> _Run:
     init_distributed(platform)
     configure_logging(dist.get_rank())
     check_config(config, dist.get_world_size())
+    check_models(config)
     return _Run(config, platform)
 
 

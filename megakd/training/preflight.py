@@ -25,13 +25,18 @@ def preflight(config: Config, world_size: int) -> None:
         UserError: the first thing that does not hold, with its remedy.
     """
     check_config(config, world_size)
-    _check_models(config)
+    check_models(config)
     _check_data(config)
     if config.run.export:
         _check_export(config)
 
 
-def _check_models(config: Config) -> None:
+def check_models(config: Config) -> None:
+    """Hold both models' shapes and weights against the layout; reads headers only.
+
+    Raises:
+        UserError: the first thing that does not hold.
+    """
     length, parallel = config.data.sequence_length, config.parallel
     divisible_by = config.student.make_vocab_size_divisible_by
     check_architecture(
@@ -41,7 +46,7 @@ def _check_models(config: Config) -> None:
         check_hf_weights(config.student.init.path, student_architecture(config), config.student.init.layers)
     if config.teacher is not None:
         teacher = teacher_architecture(config)
-        check_architecture("teacher", teacher, parallel, length, has_stage_split=False, divisible_by=divisible_by)
+        check_architecture("teacher", teacher, parallel, length, has_stage_split=False)
         check_hf_weights(config.teacher.path, teacher)
 
 

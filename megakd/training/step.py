@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from megatron.core.optimizer import MegatronOptimizer
 
 from megakd.evaluation.evaluate import sum_over_ranks
+from megakd.losses import DenseSignal
 from megakd.parallel.pipeline import run_pipeline
 from megakd.platform import Platform
 from megakd.teacher import Teacher
@@ -38,12 +40,10 @@ def accumulate_gradients(
         (sums [4] of total, kd, ce and tokens over the global batch on every rank, seconds spent in the teacher).
     """
     student.model.zero_grad_buffer()
-    started = time.perf_counter()
-    if teacher is None:
-        signals = [None] * len(microbatches)
-        teacher_seconds = 0.0
-    else:
-        signals = list(teacher.signals(microbatches))
+    started, teacher_seconds = time.perf_counter(), 0.0
+    signals: Sequence[DenseSignal | None] = [None] * len(microbatches)
+    if teacher is not None:
+        signals = teacher.signals(microbatches)
         platform.synchronize()
         teacher_seconds = time.perf_counter() - started
     micro_batch_size, sequence_length = microbatches[0]["tokens"].shape

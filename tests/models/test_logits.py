@@ -43,9 +43,7 @@ def test_imported_teacher_equals_transformers(
 
 
 @pytest.mark.parametrize("tp", [1, 2])
-def test_llama_3_rope_scaling_and_tied_embeddings(
-    tp: int, tmp_path: Path, run_ranks: Callable[..., list[Any]]
-) -> None:
+def test_llama_3_rope_scaling_and_tied_embeddings(tp: int, tmp_path: Path, run_ranks: Callable[..., list[Any]]) -> None:
     torch.manual_seed(0)
     scaling = {
         "rope_type": "llama3", "rope_theta": 5000.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 3.0,
@@ -78,7 +76,9 @@ RANDOM = {
 
 
 @pytest.mark.parametrize("name", RANDOM)
-@pytest.mark.parametrize(("tp", "pp", "first_stage"), [(2, 1, None), (1, 2, None), (1, 2, 3), (2, 2, None), (4, 1, None)])
+@pytest.mark.parametrize(
+    ("tp", "pp", "first_stage"), [(2, 1, None), (1, 2, None), (1, 2, 3), (2, 2, None), (4, 1, None)]
+)
 def test_random_initialisation_is_the_same_model_under_every_layout(
     name: str, tp: int, pp: int, first_stage: int | None, run_ranks: Callable[..., list[Any]]
 ) -> None:

@@ -116,9 +116,7 @@ def run_layout(layout: Layout, student_path: str, teacher_path: str) -> LayoutRe
     accumulate_gradients(student, teacher, objective, batches.microbatches(0), platform)
     gradient = gather_gradients(student)
     for step in range(reference.STEPS):
-        result = train_step(
-            student, teacher, objective, optimizer, batches.microbatches(step), reference.LR, platform
-        )
+        result = train_step(student, teacher, objective, optimizer, batches.microbatches(step), reference.LR, platform)
         losses.append(result.loss)
         norms.append(result.grad_norm)
     batches.close()

@@ -55,7 +55,8 @@ def peak_bytes(function: Callable[[], object]) -> int:
 def machine() -> str:
     """Device, threads and versions, for the head of a report."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU {platform.machine()}"
-    return f"{device}, {torch.get_num_threads()} thread(s), torch {torch.__version__}, Python {platform.python_version()}"
+    threads = f"{torch.get_num_threads()} thread(s)"
+    return f"{device}, {threads}, torch {torch.__version__}, Python {platform.python_version()}"
 
 
 def _synchronize() -> None:

@@ -45,8 +45,10 @@ def main() -> None:
 
     def architecture(hidden: int) -> GPTArchitecture:
         return GPTArchitecture(
-            num_layers=arguments.layers, hidden_size=hidden, ffn_hidden_size=hidden * 8 // 3 // 64 * 64, vocab_size=arguments.vocab,
-            num_attention_heads=hidden // 64, num_query_groups=hidden // 128, max_position_embeddings=arguments.sequence,
+            num_layers=arguments.layers, hidden_size=hidden, ffn_hidden_size=hidden * 8 // 3 // 64 * 64,
+            vocab_size=arguments.vocab,
+            num_attention_heads=hidden // 64, num_query_groups=hidden // 128, kv_channels=64,
+            max_position_embeddings=arguments.sequence,
         )  # fmt: skip
 
     optimizer_settings = OptimizerSection(lr=1e-4)
@@ -55,6 +57,7 @@ def main() -> None:
     student = Student(wrap_data_parallel(model, mesh, optimizer_settings), small, mesh, sequence_parallel=False)
     optimizer = build_adam(student, optimizer_settings, dtype)
     guide = build_gpt(large, mesh, dtype=dtype, layer_spec="local", seed=2)
+    assert guide.output_layer is not None
     head = guide.output_layer.weight.detach()
     guide.drop_head()
     teacher = OnlineTeacher(guide, mesh, head)
@@ -116,7 +119,8 @@ def _loss_memory(student: Student, teacher: OnlineTeacher, objective: Objective,
 
     def forward_step(pairs, model):  # type: ignore[no-untyped-def]
         batch = next(pairs)
-        return model(batch["tokens"], batch["position_ids"], None), lambda output, non_loss_data: captured.append(output)
+        output = model(batch["tokens"], batch["position_ids"], None)
+        return output, lambda hidden_and_head, non_loss_data: captured.append(hidden_and_head)
 
     shape = batches[0]["tokens"].shape
     with torch.no_grad():

@@ -12,9 +12,9 @@ import time
 import traceback
 from pathlib import Path
 
-from megakd.cli.failures import RankError, load_rank_errors, rank_record, save_rank_error
-from megakd.cli.processes import die_with_parent
 from megakd.common.errors import UserError
+from megakd.launch.failures import RankError, load_rank_errors, rank_record, save_rank_error
+from megakd.launch.processes import die_with_parent
 
 
 def main(argv: list[str]) -> int:

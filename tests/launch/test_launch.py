@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = (
-    "import sys; from megakd.cli.launch import launch_ranks; "
+    "import sys; from megakd.launch.launcher import launch_ranks; "
     "sys.exit(launch_ranks(sys.argv[3:], 2, sys.argv[1], int(sys.argv[2])))"
 )
 TIMEOUT_SECONDS = 120
@@ -24,7 +24,7 @@ def start(behaviour: str, folder: Path, max_restarts: int = 0, **environment: st
     command = [sys.executable, "-c", LAUNCH, str(folder / "logs"), str(max_restarts)]
     inherited = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
     return subprocess.Popen(
-        [*command, "tests.cli.workers_for_launch", behaviour, str(folder)],
+        [*command, "tests.launch.workers_for_launch", behaviour, str(folder)],
         cwd=ROOT,
         env={**inherited, **environment},
         stdout=subprocess.PIPE,

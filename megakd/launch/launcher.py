@@ -13,7 +13,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megakd.cli.failures import (
+from megakd.config.load import dump_config
+from megakd.config.schema import Config
+from megakd.launch.failures import (
     AGENT_LOG,
     RankError,
     clear_records,
@@ -21,9 +23,7 @@ from megakd.cli.failures import (
     load_rank_errors,
     load_rank_exits,
 )
-from megakd.cli.processes import adopted_orphans
-from megakd.config.load import dump_config
-from megakd.config.schema import Config
+from megakd.launch.processes import adopted_orphans
 
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _POLL_SECONDS = 0.2
@@ -32,17 +32,18 @@ _GRACE_SECONDS = 40.0
 
 
 def run_action(action: str, config: Config, world_size: int, max_restarts: int = 0) -> int:
-    """Save the resolved configuration in the run's folder, run an action of `megakd.cli.worker` on every rank.
+    """Write the resolved configuration, run an action of `megakd.launch.worker` on every rank.
 
-    Returns the exit status, see `launch_ranks`.
+    The run's config.yaml is what it was trained with; other actions write theirs beside the logs. Returns the exit
+    status, see `launch_ranks`.
     """
     folder = Path(config.run.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "config.yaml"
-    partial = path.with_name(f"config.yaml.partial-{os.getpid()}")
+    path = folder / "config.yaml" if action == "train" else folder / "logs" / f"{action}.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
     partial.write_text(dump_config(config), encoding="utf-8")
     os.replace(partial, path)
-    return launch_ranks(["megakd.cli.worker", action, str(path)], world_size, folder / "logs", max_restarts)
+    return launch_ranks(["megakd.launch.worker", action, str(path)], world_size, folder / "logs", max_restarts)
 
 
 def launch_ranks(command: list[str], nproc_per_node: int, log_dir: Path | str, max_restarts: int = 0) -> int:
@@ -67,7 +68,7 @@ def launch_ranks(command: list[str], nproc_per_node: int, log_dir: Path | str, m
         }
         with adopted_orphans():
             agent = subprocess.Popen(
-                [sys.executable, "-m", "megakd.cli.agent", json.dumps(options), *command],
+                [sys.executable, "-m", "megakd.launch.agent", json.dumps(options), *command],
                 env=_environment(nproc_per_node),
                 start_new_session=True,
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 
-from megakd.cli.failures import (
+from megakd.launch.failures import (
     RankError,
     RankExit,
     clear_records,

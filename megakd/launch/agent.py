@@ -9,8 +9,8 @@ import signal
 import sys
 from pathlib import Path
 
-from megakd.cli.failures import AGENT_LOG, RankExit, save_rank_exits
-from megakd.cli.processes import adopted_orphans, die_with_parent
+from megakd.launch.failures import AGENT_LOG, RankExit, save_rank_exits
+from megakd.launch.processes import adopted_orphans, die_with_parent
 
 
 def main(argv: list[str]) -> int:
@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
         f"--nproc-per-node={options['nproc_per_node']}",
         f"--max-restarts={options['max_restarts']}",
         f"--log-dir={options['scratch_dir']}",
-        *("-m", "megakd.cli.rank", rank_options, *argv[1:]),
+        *("-m", "megakd.launch.rank", rank_options, *argv[1:]),
     ]
     try:
         with adopted_orphans():

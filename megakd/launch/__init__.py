@@ -1,0 +1,1 @@
+"""Starts the ranks of a job under torchrun, wraps each, and tells in one line how it ended."""
