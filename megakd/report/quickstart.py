@@ -124,10 +124,13 @@ def _print_table(distilled: dict[int, dict[str, Any]], cross_entropy: dict[int, 
 
 def _continue_text(folder: Path, prompt: str) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging as transformers_logging
 
+    transformers_logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
-    inputs = tokenizer(tokenizer.bos_token + prompt, return_tensors="pt", add_special_tokens=False)
+    # The vocabulary joins a space to the word after it: left at the end, it would be a token of its own, never seen.
+    inputs = tokenizer(tokenizer.bos_token + prompt.rstrip(), return_tensors="pt", add_special_tokens=False)
     inputs.pop("token_type_ids", None)
     output = model.generate(**inputs, max_new_tokens=40, do_sample=False, pad_token_id=tokenizer.eos_token_id)
     text = tokenizer.decode(output[0], skip_special_tokens=True)
