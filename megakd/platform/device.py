@@ -88,9 +88,13 @@ def shutdown_distributed() -> None:
 
 
 def _silence_megatron() -> None:
-    warnings.filterwarnings("ignore", message=r".*(?:[Tt]ransformer[ _][Ee]ngine|[Aa]pex|nvidia-modelopt|flash_mla).*")
-    # megatron-core's layers and optimizer call what newer torch releases rename; the advice is not for our users.
-    warnings.filterwarnings("ignore", message=r".*CUDA_DEVICE_MAX_CONNECTIONS.*")
-    warnings.filterwarnings("ignore", message=r".*torch\.distributed\.\w+` is deprecated.*", category=FutureWarning)
+    # Advice to megatron-core's developers, repeated on every rank: absent accelerations, names that newer torch renames.
+    for message in (
+        r".*(?:[Tt]ransformer[ _][Ee]ngine|[Aa]pex|nvidia-modelopt|flash_mla|CUDA_DEVICE_MAX_CONNECTIONS).*",
+        r".*torch\.distributed\.\w+` is deprecated.*",
+        r"`load_state_dict` is deprecated.*",
+        r"Please use DTensor instead.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)
     for name in ("megatron.core", "megatron", "torch.distributed.elastic.multiprocessing.redirects"):
         logging.getLogger(name).setLevel(logging.ERROR)

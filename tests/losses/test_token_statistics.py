@@ -43,18 +43,19 @@ def test_figures_equal_the_definition(run_ranks, tp_size, sequence_parallel, tem
 
 @pytest.mark.parametrize("tp_size", [1, 2, 4])
 def test_equal_logits_go_to_the_lowest_id(run_ranks, tp_size):
-    """Student: ids 3, 5 and 30 are equally likely. Teacher: 3 and 30 in the first row, 5 and 30 in the second."""
-    case = make_case(3, rows=2, padded=32, vocab_size=32, student_width=2, teacher_width=2)
+    """Student: ids 3, 5 and 30 are equally likely. Teacher: 3 and 30; 5 and 30; 19, the column of 3 on another rank."""
+    case = make_case(3, rows=3, padded=32, vocab_size=32, student_width=3, teacher_width=3)
     assert case.teacher_head is not None
     case.head.zero_()
     case.teacher_head.zero_()
     case.head[[3, 5, 30]] = 1.0
     case.teacher_head[[3, 30], 0] = 1.0
     case.teacher_head[[5, 30], 1] = 1.0
-    eye = torch.eye(2, dtype=torch.float64)
+    case.teacher_head[19, 2] = 1.0
+    eye = torch.eye(3, dtype=torch.float64)
     case = dataclasses.replace(case, hidden=eye, teacher_hidden=eye)
     for actual in run_ranks(tp_size, statistics_on_rank, case, False):
-        assert actual.agree.tolist() == [True, False]
+        assert actual.agree.tolist() == [True, False, False]
 
 
 def test_without_a_teacher(run_ranks):
