@@ -1,0 +1,154 @@
+"""Small runs for tests: models and token files on disk, a configuration over them, and what the loop builds from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+SEQUENCE, VOCAB = 16, 300
+
+
+def save_llama(folder: Path, *, seed: int, std: float = 0.1, vocab: int = VOCAB, **overrides: Any) -> None:
+    """A random Llama with grouped queries, in Hugging Face format."""
+    torch.manual_seed(seed)
+    settings: dict[str, Any] = {
+        "vocab_size": vocab, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+        "tie_word_embeddings": False, "initializer_range": std, "rms_norm_eps": 1e-5,
+        "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    model = LlamaForCausalLM(LlamaConfig(**(settings | overrides)))
+    with torch.no_grad():  # norms that are not all one, so that a forgotten one shows
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+
+
+def write_tokens(prefix: Path, tokens: np.ndarray, vocab: int = VOCAB) -> None:
+    """A `.bin/.idx` pair of one document."""
+    from megakd.data.indexed import TokenWriter
+
+    writer = TokenWriter(prefix, vocab)
+    writer.add_document(tokens)
+    writer.finish()
+
+
+def learnable_tokens(count: int, vocab: int = VOCAB) -> np.ndarray:
+    """Tokens of which nine in ten follow from the one before."""
+    generator = np.random.default_rng(7)
+    table = generator.permutation(vocab)
+    stream = np.zeros(count, dtype=np.int64)
+    for i in range(1, count):
+        stream[i] = table[stream[i - 1] % 16] if generator.random() < 0.9 else generator.integers(vocab)
+    return stream
+
+
+def write_run_files(folder: Path, *, tied: bool = False, samples: int = 64) -> Path:
+    """Student, teacher and token file under `folder`, which is returned."""
+    save_llama(folder / "student", seed=1, tie_word_embeddings=tied)
+    save_llama(folder / "teacher", seed=2, std=0.2, hidden_size=48, num_hidden_layers=2)
+    write_tokens(folder / "data", learnable_tokens(samples * SEQUENCE + 1))
+    return folder
+
+
+def run_values(folder: Path, **settings: Any) -> dict[str, Any]:
+    """A configuration over `write_run_files`; settings are `section__key=value`."""
+    values: dict[str, Any] = {
+        "run": {"output_dir": str(folder / "run"), "layer_spec": "local"},
+        "student": {"init": {"path": str(folder / "student")}},
+        "teacher": {"path": str(folder / "teacher")},
+        "parallel": {},
+        "distill": {"kd_weight": 0.5, "ce_weight": 1.0},
+        "data": {
+            "train": str(folder / "data"), "sequence_length": SEQUENCE, "micro_batch_size": 2, "global_batch_size": 8,
+        },
+        "optimizer": {"lr": 4e-3},
+        "schedule": {"train_steps": 4, "lr_decay_style": "constant"},
+        "logging": {"tensorboard": False},
+    }  # fmt: skip
+    for key, value in settings.items():
+        section, name = key.split("__")
+        values.setdefault(section, {})[name] = value
+    return values
+
+
+def layout(tp: int = 1, pp: int = 1, **settings: Any) -> dict[str, Any]:
+    """Settings of a layout for `run_values`."""
+    return {
+        "parallel__tensor_model_parallel_size": tp, "parallel__pipeline_model_parallel_size": pp, **settings,
+    }  # fmt: skip
+
+
+@dataclass
+class Built:
+    """The objects of a run."""
+
+    config: Any
+    platform: Any
+    mesh: Any
+    student: Any
+    optimizer: Any
+    teacher: Any
+    objective: Any
+
+    def batches(self) -> Any:
+        """The run's training microbatches."""
+        from megakd.data.batches import TrainBatches
+        from megakd.training.train_data import open_train_samples, sample_order
+
+        samples = open_train_samples(self.config)
+        return TrainBatches(
+            samples,
+            sample_order(self.config, samples.num_samples),
+            micro_batch_size=self.config.data.micro_batch_size,
+            global_batch_size=self.config.data.global_batch_size,
+            data_parallel_rank=self.mesh.dp_rank,
+            data_parallel_size=self.mesh.dp_size,
+        )
+
+    def train(self, first: int, stop: int) -> list[float]:
+        """Losses of steps first..stop."""
+        from megakd.training.step import train_step
+
+        batches = self.batches()
+        try:
+            return [
+                train_step(
+                    self.student, self.teacher, self.objective, self.optimizer, batches.microbatches(step),
+                    self.config.optimizer.lr, self.platform,
+                ).loss
+                for step in range(first, stop)
+            ]  # fmt: skip
+        finally:
+            batches.close()
+
+    def accumulate(self, microbatches: list[dict[str, torch.Tensor]]) -> list[float]:
+        """Fill the gradient buffers; returns the sums of the global batch."""
+        from megakd.training.step import accumulate_gradients
+
+        return accumulate_gradients(self.student, self.teacher, self.objective, microbatches, self.platform)[0].tolist()
+
+
+def build(values: dict[str, Any]) -> Built:
+    """What the loop builds from a configuration; inside a gloo worker, collective."""
+    from megakd.config.schema import Config
+    from megakd.parallel.random_state import seed_megatron
+    from megakd.platform import build_platform
+    from megakd.training.architectures import shared_vocab_size
+    from megakd.training.build import DTYPES, build_adam, build_meshes, build_student, build_teacher
+    from megakd.training.objective import Objective
+
+    config, platform = Config.model_validate(values), build_platform()
+    mesh, teacher_mesh = build_meshes(config)
+    seed_megatron(config.run.seed, mesh)
+    student = build_student(config, mesh, "local")
+    optimizer = build_adam(student, config.optimizer, DTYPES[config.run.dtype])
+    teacher = None if teacher_mesh is None else build_teacher(config, teacher_mesh, "local")
+    objective = Objective(config.distill, shared_vocab_size(config), mesh.groups.tp, student.sequence_parallel)
+    return Built(config, platform, mesh, student, optimizer, teacher, objective)
