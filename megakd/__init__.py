@@ -7,13 +7,18 @@ from typing import TYPE_CHECKING, Any
 from megakd._version import __version__
 
 if TYPE_CHECKING:
+    from megakd.config.load import load_config
     from megakd.training import DistillResult, distill
 
-__all__ = ["DistillResult", "__version__", "distill"]
+__all__ = ["DistillResult", "__version__", "distill", "load_config"]
 
 
 def __getattr__(name: str) -> Any:
     # torch and megatron-core are imported only by who trains: `config` and `--help` answer at once.
+    if name == "load_config":
+        from megakd.config.load import load_config
+
+        return load_config
     if name in ("DistillResult", "distill"):
         from megakd import training
 

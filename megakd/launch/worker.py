@@ -27,3 +27,7 @@ def main(args: list[str]) -> None:
     """Run `args` = (action, path of the configuration)."""
     action, path = args
     ACTIONS[action](load_config(path, []))
+
+    from megakd.platform import shutdown_distributed
+
+    shutdown_distributed()
