@@ -11,6 +11,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 from torch import Tensor
 
 from megakd.config.architecture import GPTArchitecture
@@ -60,6 +61,29 @@ class HiddenStateGPT(GPTModel):
             return hidden_states
         tied = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         return self.output_layer(hidden_states, weight=tied)
+
+    def tie_embeddings_and_output_weights_state_dict(
+        self,
+        sharded_state_dict: dict[str, Any],
+        output_layer_weight_key: str,
+        first_stage_word_emb_key: str,
+        metadata: dict[str, Any],
+    ) -> None:
+        """Make a head tied across stages a copy of the embedding in checkpoints.
+
+        megatron-core's own version takes the copy's data rank from its global state, which does not exist here.
+        """
+        if not self.post_process or self.pre_process:
+            return
+        dp_cp_group = metadata["dp_cp_group"]
+        sharded_state_dict[output_layer_weight_key] = make_tp_sharded_tensor_for_checkpoint(
+            tensor=self.shared_embedding_or_output_weight(),
+            key=first_stage_word_emb_key,
+            replica_id=(1, 0, dp_cp_group.rank()),
+            allow_shape_mismatch=True,
+            tp_group=self.tp_group,
+            dp_cp_group=dp_cp_group,
+        )
 
 
 def build_gpt(
