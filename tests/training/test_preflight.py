@@ -1,0 +1,120 @@
+"""Bad input is told in one line before a rank starts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megakd.common.errors import UserError
+from megakd.config.schema import Config
+from megakd.data.preprocess import write_documents
+from megakd.data.tokenizer import load_tokenizer
+from megakd.training.preflight import preflight
+from tests.training.runs import run_values, write_run_files, write_tokens
+
+TEACHER = Path(__file__).resolve().parents[2] / "configs" / "quickstart" / "teacher"
+
+
+def error(values: dict[str, Any], world_size: int = 1) -> str:
+    with pytest.raises(UserError) as caught:
+        preflight(Config.model_validate(values), world_size)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_run_files(tmp_path)
+
+
+def change_weights(folder: Path, change: Any) -> None:
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_a_good_configuration_passes(folder: Path) -> None:
+    preflight(Config.model_validate(run_values(folder)), 1)
+
+
+def test_missing_teacher(folder: Path) -> None:
+    assert str(folder / "nowhere") in error(run_values(folder, teacher__path=str(folder / "nowhere")))
+
+
+def test_missing_weight(folder: Path) -> None:
+    change_weights(folder / "teacher", lambda weights: weights.pop("model.layers.1.mlp.up_proj.weight"))
+    assert "model.layers.1.mlp.up_proj.weight" in error(run_values(folder))
+
+
+def test_misshapen_weight(folder: Path) -> None:
+    change_weights(folder / "student", lambda weights: weights.update({"model.norm.weight": torch.ones(31)}))
+    message = error(run_values(folder))
+    assert "model.norm.weight" in message and "[31]" in message and "[32]" in message
+
+
+def test_missing_token_file(folder: Path) -> None:
+    message = error(run_values(folder, data__train=str(folder / "other")))
+    assert "data.train" in message and "preprocess_data.py" in message
+
+
+def test_corpus_shorter_than_a_sample(folder: Path) -> None:
+    write_tokens(folder / "short", torch.arange(10).numpy())
+    message = error(run_values(folder, data__train=str(folder / "short")))
+    assert "10 tokens" in message and "data.sequence_length" in message
+
+
+def test_sequence_longer_than_the_model(folder: Path) -> None:
+    message = error(run_values(folder, data__sequence_length=65))
+    assert "data.sequence_length is 65" in message and "64" in message
+
+
+@pytest.mark.parametrize(
+    ("settings", "world_size", "named"),
+    [
+        ({"parallel__tensor_model_parallel_size": 3}, 3, "num_attention_heads"),
+        ({"parallel__tensor_model_parallel_size": 4}, 4, "num_query_groups"),
+        ({"parallel__pipeline_model_parallel_size": 3}, 3, "pipeline_model_parallel_size"),
+        ({"parallel__tensor_model_parallel_size": 2}, 3, "3"),
+        ({"data__global_batch_size": 6}, 2, "data.global_batch_size"),
+    ],
+)
+def test_layout_that_does_not_divide(folder: Path, settings: dict[str, Any], world_size: int, named: str) -> None:
+    assert named in error(run_values(folder, **settings), world_size)
+
+
+def test_layer_out_of_range(folder: Path) -> None:
+    init = {"path": str(folder / "student"), "layers": [0, 4]}
+    message = error(run_values(folder, student__init=init))
+    assert "student.init.layers names layer 4" in message and "0 to 3" in message
+
+
+def test_tokenizer_that_is_not_the_teachers_names_the_first_id(folder: Path) -> None:
+    write_documents(["def f(x): return x\n" * 50], folder / "text", load_tokenizer(TEACHER))
+    other = folder / "other-teacher"
+    other.mkdir()
+    for file in TEACHER.iterdir():
+        if file.name != "tokenizer.model":
+            (other / file.name).write_bytes(file.read_bytes())
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    by_id = {index: piece for piece, index in vocabulary.items()}
+    first, second = by_id[3000], by_id[3001]
+    vocabulary[first], vocabulary[second] = 3001, 3000
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    values = run_values(
+        folder, data__train=str(folder / "text"), teacher__path=str(other), student__init={"path": str(TEACHER)}
+    )
+    message = error(values)
+    assert "data.train" in message and "3000" in message
+
+
+def test_export_folder_that_holds_something_else(folder: Path) -> None:
+    (folder / "run" / "student").mkdir(parents=True)
+    (folder / "run" / "student" / "thesis.tex").write_text("")
+    assert "thesis.tex" in error(run_values(folder))
