@@ -88,7 +88,7 @@ def shutdown_distributed() -> None:
 
 
 def _silence_megatron() -> None:
-    # Advice to megatron-core's developers, repeated on every rank: absent accelerations, names that newer torch renames.
+    # Advice to megatron-core's developers, repeated on every rank: what is not installed, what newer torch renames.
     for message in (
         r".*(?:[Tt]ransformer[ _][Ee]ngine|[Aa]pex|nvidia-modelopt|flash_mla|CUDA_DEVICE_MAX_CONNECTIONS).*",
         r".*torch\.distributed\.\w+` is deprecated.*",
