@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import re
 import shutil
 from pathlib import Path
@@ -10,10 +11,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer import MegatronOptimizer
 
+from megakd.checkpoint.optimizer_state import create_optimizer_state, load_optimizer_state
 from megakd.models.parameters import unwrapped
 from megakd.parallel.mesh import ModelMesh
+
+# megatron-core serves this queue from a spawned process, for saving in the background: spawning runs a script without
+# `if __name__ == "__main__"` again, and the process outlives a rank that is killed. Here a rank saves by itself.
+filesystem_async._results_queue = queue.Queue()
 
 _STEP_FOLDER = re.compile(r"step-(\d{8})")
 
@@ -70,11 +77,13 @@ def load_checkpoint(
     Returns:
         The counters saved with it.
     """
+    if optimizer is not None:
+        create_optimizer_state(optimizer)
     state = _sharded_state(model, optimizer, mesh, is_loading=True)
     loaded = dist_checkpointing.load(state, str(path))
     unwrapped(model).load_state_dict(loaded["model"])
     if optimizer is not None:
-        optimizer.load_state_dict(loaded["optimizer"])
+        load_optimizer_state(optimizer, loaded["optimizer"])
     return dict(loaded["counters"])
 
 
