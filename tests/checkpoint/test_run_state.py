@@ -92,7 +92,7 @@ def test_the_moments_matter(saved: Saved, run_ranks: Callable[..., list[Any]]) -
     """What the test above allows is far less than what a fresh optimizer changes."""
     found = run_ranks(1, go_on_without_moments, run_values(saved.folder), saved.folder / "checkpoints")[0]
     assert found[0] == pytest.approx(saved.losses[0], rel=1e-5)  # the weights are those saved
-    assert found[1] != pytest.approx(saved.losses[1], rel=1e-3)
+    assert found != pytest.approx(saved.losses, rel=5e-5)
 
 
 def steps_after_loading(values: dict[str, Any], folder: Path) -> list[list[float]]:
