@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import queue
 import re
 import shutil
@@ -11,10 +12,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer import MegatronOptimizer
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megakd.checkpoint.optimizer_state import create_optimizer_state, load_optimizer_state
+from megakd.common.errors import UserError
 from megakd.models.parameters import unwrapped
 from megakd.parallel.mesh import ModelMesh
 
@@ -37,6 +41,15 @@ def latest_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint, if any."""
     steps = checkpoint_steps(folder)
     return steps[max(steps)] if steps else None
+
+
+def set_aside_checkpoints(folder: Path) -> None:
+    """Rename a run's checkpoint folder to the first free `<folder>.old-<n>`, if there is anything in it. Collective."""
+    dist.barrier()
+    if dist.get_rank() == 0 and folder.is_dir() and any(folder.iterdir()):
+        number = next(n for n in itertools.count(1) if not folder.with_name(f"{folder.name}.old-{n}").exists())
+        folder.rename(folder.with_name(f"{folder.name}.old-{number}"))
+    dist.barrier()
 
 
 def save_checkpoint(
@@ -80,7 +93,15 @@ def load_checkpoint(
     if optimizer is not None:
         create_optimizer_state(optimizer)
     state = _sharded_state(model, optimizer, mesh, is_loading=True)
-    loaded = dist_checkpointing.load(state, str(path))
+    try:
+        loaded = dist_checkpointing.load(state, str(path))
+    except (CheckpointException, CheckpointingException) as error:
+        reason = re.search(r"(?:\w*Error|\w*Exception|mismatch)[^\n]*mismatch[^\n]*", str(error))
+        detail = " ".join((reason[0] if reason else str(error).strip().splitlines()[-1]).split())[:300]
+        raise UserError(
+            f"{path} does not fit this model ({detail}). Train the model it was written from, set "
+            "checkpoint.resume=false to start over, or give another run.output_dir."
+        ) from error
     unwrapped(model).load_state_dict(loaded["model"])
     if optimizer is not None:
         load_optimizer_state(optimizer, loaded["optimizer"])

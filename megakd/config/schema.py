@@ -143,7 +143,7 @@ class LoggingSection(Section):
 class EvaluationSection(Section):
     """Measurements on held-out data."""
 
-    interval: int | None = Field(default=None, gt=0, description="Steps between evaluations; also at start and end.")
+    interval: int | None = Field(default=None, gt=0, description="Steps between evaluations.")
     at_start: bool = Field(default=False, description="Evaluate before the first step.")
     at_end: bool = Field(default=False, description="Evaluate after the last step.")
     max_tokens: int | None = Field(default=None, gt=0, description="Held-out tokens used; all where not given.")

@@ -11,13 +11,13 @@ from megakd.config.schema import Config
 def _train(config: Config) -> None:
     from megakd.training.loop import distill
 
-    distill(config)
+    distill(config, preflighted=True)
 
 
 def _evaluate(config: Config) -> None:
     from megakd.training.loop import evaluate_run
 
-    evaluate_run(config)
+    evaluate_run(config, preflighted=True)
 
 
 ACTIONS: dict[str, Callable[[Config], None]] = {"train": _train, "evaluate": _evaluate}

@@ -140,6 +140,8 @@ def build_gpt(
     if not head:
         model.drop_head()
     mark_tensor_parallel(model, architecture)
+    # megatron-core builds learned positions in fp32 and leaves the cast to a wrapper that is not used here.
+    model.to(dtype)
     if seed is not None:
         initialize_parameters(model, architecture, mesh, seed, make_vocab_size_divisible_by)
     return model.to(torch.cuda.current_device())

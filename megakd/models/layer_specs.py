@@ -9,27 +9,9 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-from megakd.common.errors import UserError
 from megakd.config.architecture import GPTArchitecture
 from megakd.models.attention import ScaledDotProductAttention
 from megakd.models.norms import norm_class
-from megakd.platform import Accelerations
-
-
-def resolve_layer_spec(name: str, accelerations: Accelerations) -> str:
-    """Turn `auto` into the spec that is installed.
-
-    Raises:
-        UserError: Transformer Engine is asked for and not usable.
-    """
-    if name == "auto":
-        return "local" if accelerations.transformer_engine else "transformer_engine"
-    if name == "transformer_engine" and accelerations.transformer_engine:
-        raise UserError(
-            f"run.layer_spec is transformer_engine, which is not usable here ({accelerations.transformer_engine}); "
-            "it must be installed on a machine with a GPU. Use local or auto."
-        )
-    return name
 
 
 def build_block_spec(architecture: GPTArchitecture, layer_spec: str, num_layers: int) -> TransformerBlockSubmodules:

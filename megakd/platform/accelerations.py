@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from megakd.common.errors import UserError
+
 
 @dataclass(frozen=True)
 class Accelerations:
@@ -38,6 +40,22 @@ def detect_accelerations() -> Accelerations:
         apex = "the installed package named apex is not NVIDIA Apex"
     engine = _why_not("transformer_engine", "transformer_engine.pytorch")
     return Accelerations(engine, apex, _why_not("triton", "triton"))
+
+
+def resolve_layer_spec(name: str, accelerations: Accelerations) -> str:
+    """Turn `auto` into the spec that is installed.
+
+    Raises:
+        UserError: Transformer Engine is asked for and not usable.
+    """
+    if name == "auto":
+        return "local" if accelerations.transformer_engine else "transformer_engine"
+    if name == "transformer_engine" and accelerations.transformer_engine:
+        raise UserError(
+            f"run.layer_spec is transformer_engine, which is not usable here ({accelerations.transformer_engine}); "
+            "it must be installed on a machine with a GPU. Use local or auto."
+        )
+    return name
 
 
 def _why_not(package: str, module: str) -> str | None:

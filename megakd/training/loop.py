@@ -8,16 +8,19 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megakd.checkpoint.run_state import latest_checkpoint, load_checkpoint, save_checkpoint
+from megakd.checkpoint.run_state import (
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+    set_aside_checkpoints,
+)
 from megakd.common.errors import UserError
 from megakd.common.logging import configure_logging, log
-from megakd.config.checks import check_config
 from megakd.config.schema import Config
 from megakd.data.batches import TrainBatches
 from megakd.evaluation import Scores, evaluate
-from megakd.models.layer_specs import resolve_layer_spec
 from megakd.parallel.random_state import seed_megatron
-from megakd.platform import Platform, build_platform, detect_accelerations, init_distributed
+from megakd.platform import Platform, build_platform, detect_accelerations, init_distributed, resolve_layer_spec
 from megakd.teacher import Teacher
 from megakd.training.architectures import shared_vocab_size, student_architecture, teacher_architecture
 from megakd.training.build import (
@@ -33,7 +36,7 @@ from megakd.training.flops import step_flops
 from megakd.training.held_out import held_out_batches
 from megakd.training.metrics import MetricsWriter, describe_scores
 from megakd.training.objective import Objective
-from megakd.training.preflight import check_models
+from megakd.training.preflight import preflight
 from megakd.training.run_folder import save_run_description
 from megakd.training.schedule import learning_rate, total_steps
 from megakd.training.step import StepResult, train_step
@@ -49,18 +52,19 @@ class DistillResult:
     scores: dict[int, Scores]
 
 
-def distill(config: Config) -> DistillResult:
+def distill(config: Config, *, preflighted: bool = False) -> DistillResult:
     """Train the student that `config` describes. Call it on every rank of a torchrun job, or in one process.
 
     Initialises torch.distributed where the caller has not. Goes on from the run folder's newest checkpoint, if any.
+    `preflighted` says that `training.preflight` has passed already, as it has under launch.sh.
 
     Raises:
         UserError: the configuration or a file it names cannot be used; the message says what to change.
     """
-    return _start(config).train()
+    return _start(config, preflighted).train()
 
 
-def evaluate_run(config: Config) -> Scores:
+def evaluate_run(config: Config, *, preflighted: bool = False) -> Scores:
     """Measure on held-out data: the run's newest checkpoint, or the student it would start from. On every rank.
 
     Raises:
@@ -68,16 +72,29 @@ def evaluate_run(config: Config) -> Scores:
     """
     if config.data.valid is None and config.data.valid_fraction is None:
         raise UserError("evaluation needs held-out data; set data.valid or data.valid_fraction.")
-    return _start(config).evaluate_only()
+    return _start(config, preflighted).evaluate_only()
 
 
-def _start(config: Config) -> _Run:
+def _start(config: Config, preflighted: bool) -> _Run:
     platform = build_platform()
     init_distributed(platform)
     configure_logging(dist.get_rank())
-    check_config(config, dist.get_world_size())
-    check_models(config)
+    if not preflighted:
+        _preflight_once(config)
     return _Run(config, platform)
+
+
+def _preflight_once(config: Config) -> None:
+    """Check on rank 0, since it reads tokenizers, and raise what it finds on every rank."""
+    problem: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            preflight(config, dist.get_world_size())
+        except UserError as error:
+            problem = [str(error)]
+    dist.broadcast_object_list(problem, src=0)
+    if problem[0] is not None:
+        raise UserError(problem[0])
 
 
 class _Run:
@@ -224,17 +241,43 @@ class _Run:
                 self.student.model,
                 self.optimizer,
                 self.mesh,
-                {"step": self.step, "tokens": self.tokens},
+                {"step": self.step, "tokens": self.tokens, **self._order()},
             )
         log.info(f"checkpoint {path}")
 
     def _resume(self) -> None:
-        newest = latest_checkpoint(self.folder / "checkpoints") if self.config.checkpoint.resume else None
+        checkpoints = self.folder / "checkpoints"
+        if not self.config.checkpoint.resume:
+            # Left in place, an earlier run's checkpoints would be taken for this one's by the next resume.
+            set_aside_checkpoints(checkpoints)
+            return
+        newest = latest_checkpoint(checkpoints)
         if newest is None:
             return
         counters = load_checkpoint(newest, self.student.model, self.optimizer, self.mesh)
         self.step, self.tokens = counters["step"], counters["tokens"]
         log.info(f"resumed from {newest} after {self.step} steps")
+        for key, value in self._order().items():
+            if counters[key] != value:
+                log.warning(
+                    f"{key} was {counters[key]} when {newest} was written and is {value} now: samples of this epoch "
+                    "are seen twice or not at all"
+                )
+        if self.step > self.steps:
+            raise UserError(
+                f"{newest} is from step {self.step}, and this run ends at step {self.steps}. Make the run longer, "
+                "set checkpoint.resume=false to start over, or give another run.output_dir."
+            )
+
+    def _order(self) -> dict[str, int]:
+        """What, beside the data itself, decides which samples a step sees."""
+        data = self.config.data
+        return {
+            "run.seed": self.config.run.seed,
+            "data.global_batch_size": data.global_batch_size,
+            "data.sequence_length": data.sequence_length,
+            "samples": self.samples.num_samples,
+        }
 
     def _export(self) -> Path:
         path = export_student(self.config, self.student)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
+
 from megakd.common.errors import UserError
 from megakd.common.logging import log
 from megakd.config.checks import check_architecture, check_config
@@ -9,6 +12,7 @@ from megakd.config.schema import Config
 from megakd.convert import check_can_export, check_hf_weights, read_hf_config
 from megakd.convert.hf_config import family_for_export
 from megakd.data.fingerprint import check_same_tokenizer, read_metadata
+from megakd.platform import detect_accelerations, resolve_layer_spec
 from megakd.training.architectures import (
     exported_folder,
     source_folder,
@@ -25,8 +29,11 @@ def preflight(config: Config, world_size: int) -> None:
         UserError: the first thing that does not hold, with its remedy.
     """
     check_config(config, world_size)
+    if config.run.layer_spec == "transformer_engine":
+        resolve_layer_spec(config.run.layer_spec, detect_accelerations())
     check_models(config)
     _check_data(config)
+    _check_output(config)
     if config.run.export:
         _check_export(config)
 
@@ -54,11 +61,13 @@ def _check_data(config: Config) -> None:
     open_train_samples(config)
     if config.data.valid is not None or config.data.valid_fraction is not None:
         open_held_out_samples(config)
-    model = config.teacher.path if config.teacher is not None else source_folder(config)
+    teacher = config.teacher.path if config.teacher is not None else None
+    # The teacher reads these ids, and the student is exported with its own folder's tokenizer: both must agree.
+    models = dict.fromkeys(path for path in (teacher, source_folder(config)) if path is not None)
     for key, prefix in (("data.train", config.data.train), ("data.valid", config.data.valid)):
         if prefix is None:
             continue
-        if model is not None:
+        for model in models:
             check = check_same_tokenizer(prefix, model, key=key)
             if not check.checked:
                 log.warning(check.message)
@@ -74,6 +83,18 @@ def _check_ids(key: str, prefix: str, config: Config) -> None:
             f"{key}: {prefix} was written with a tokenizer of {metadata['tokenizer']['vocab_size']} ids; the student "
             f"knows {known}. Preprocess the data with the student's tokenizer."
         )
+
+
+def _check_output(config: Config) -> None:
+    folder = Path(config.run.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"run.output_dir is {folder}; it must be a folder that can be written to ({error.strerror})."
+        ) from error
 
 
 def _check_export(config: Config) -> None:
