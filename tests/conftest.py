@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
+from megakd.common.logging import log
 from tests.workers import RankPools
 
 
@@ -16,3 +18,24 @@ def run_ranks() -> Iterator[Callable[..., list[Any]]]:
     pools = RankPools()
     yield pools.run_ranks
     pools.close()
+
+
+class _Messages(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+
+@pytest.fixture
+def log_messages(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """What the project's log says at INFO and above, once each, whatever an earlier test made of its handlers."""
+    handler = _Messages()
+    monkeypatch.setattr(log, "handlers", [handler])
+    monkeypatch.setattr(log, "propagate", False)
+    level = log.level
+    log.setLevel(logging.INFO)
+    yield handler.messages
+    log.setLevel(level)

@@ -101,12 +101,12 @@ def test_an_earlier_export_is_replaced_and_nothing_is_left_beside(tmp_path: Path
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["out", "source"]
 
 
-def test_a_tokenizer_source_without_tokenizer_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_tokenizer_source_without_tokenizer_is_told(tmp_path: Path, log_messages: list[str]) -> None:
     source = tmp_path / "source"
     save_llama(source)
     architecture = architecture_from_hf(source)
     export_hf(stage_parameters(source), tmp_path / "out", architecture, dtype=torch.float32, tokenizer_from=source)
-    assert "source has no tokenizer files" in caplog.text
+    assert any("source has no tokenizer files" in message for message in log_messages)
 
 
 @pytest.mark.parametrize("beside", [[], ["config.json"]])

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megakd.common.logging import log
 from megakd.training.metrics import MetricsWriter, describe_scores
 
 SCORES = {
@@ -76,14 +74,11 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_console_gets_the_first_the_last_and_every_nth_step(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(log, "propagate", True)
-    with caplog.at_level(logging.INFO, logger=log.name), open_writer(tmp_path) as writer:
+def test_the_console_gets_the_first_the_last_and_every_nth_step(tmp_path: Path, log_messages: list[str]) -> None:
+    with open_writer(tmp_path) as writer:
         for step in range(1, 10):
             writer.step(record(step))
-    assert [message.split()[1] for message in caplog.messages] == ["1/9", "4/9", "8/9", "9/9"]
+    assert [message.split()[1] for message in log_messages] == ["1/9", "4/9", "8/9", "9/9"]
 
 
 def test_tensorboard_holds_every_figure(tmp_path: Path) -> None:
