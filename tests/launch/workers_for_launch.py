@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -43,8 +44,15 @@ def first_of_two_errors(rank: int, folder: Path) -> None:
 
 
 def killed(rank: int, folder: Path) -> None:
+    lock = (folder / "rank-1-lives").open("w")
     if rank == 1:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        (folder / "locked").touch()
         os.kill(os.getpid(), signal.SIGKILL)
+    while not (folder / "locked").exists():
+        time.sleep(0.001)
+    # The kernel gives the lock away when rank 1 has died: only then can its peer see a closed connection.
+    fcntl.flock(lock, fcntl.LOCK_EX)
     raise RuntimeError("Connection closed by peer")
 
 
