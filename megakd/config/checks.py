@@ -20,6 +20,8 @@ def check_config(config: Config, world_size: int | None = None) -> None:
     """
     check_student_source(config)
     check_temperature(config)
+    check_divergence(config)
+    check_without_divergence(config)
     check_loss_weights(config)
     check_teacher(config)
     check_held_out_source(config)
@@ -51,11 +53,51 @@ def check_student_source(config: Config) -> None:
 
 def check_temperature(config: Config) -> None:
     """Logits are divided by the temperature."""
-    temperature = config.distill.temperature
+    temperature, teacher_temperature = config.distill.temperature, config.distill.teacher_temperature
     if temperature <= 0:
         raise UserError(
             f"distill.temperature is {temperature:g}; it must be > 0. Use 1.0 to leave the logits unscaled."
         )
+    if teacher_temperature is not None and teacher_temperature <= 0:
+        raise UserError(
+            f"distill.teacher_temperature is {teacher_temperature:g}; it must be > 0. Leave it out to use "
+            "distill.temperature for both models."
+        )
+
+
+def check_divergence(config: Config) -> None:
+    """A divergence's parameter is given to its own divergence, and inside the range where it means something."""
+    distill = config.distill
+    owners = {"jsd_beta": ("jsd",), "skew_alpha": ("skew_forward_kl", "skew_reverse_kl")}
+    for key, losses in owners.items():
+        value = getattr(distill, key)
+        if value is None:
+            continue
+        if distill.loss not in losses:
+            raise UserError(
+                f"distill.{key} is {value:g} and has no effect on distill.loss {distill.loss}. Leave it out, or set "
+                f"distill.loss to {_either(list(losses))}."
+            )
+        if not 0 < value < 1:
+            kl = distill.loss.replace("skew_", "")
+            ends = "forward_kl (what 0 tends to) or reverse_kl (1)" if key == "jsd_beta" else f"{kl} for 0"
+            raise UserError(
+                f"distill.{key} is {value:g}; it must be between 0 and 1, both excluded. Use distill.loss {ends}."
+            )
+
+
+def check_without_divergence(config: Config) -> None:
+    """Settings of the divergence need a weight on it."""
+    distill = config.distill
+    if distill.kd_weight > 0:
+        return
+    for key in ("jsd_beta", "skew_alpha", "teacher_temperature"):
+        value = getattr(distill, key)
+        if value is not None:
+            raise UserError(
+                f"distill.{key} is {value:g} and has no effect with distill.kd_weight 0. Leave it out, or set "
+                "distill.kd_weight above 0."
+            )
 
 
 def check_loss_weights(config: Config) -> None:

@@ -75,11 +75,24 @@ class ParallelSection(Section):
 class DistillSection(Section):
     """The objective: kd_weight * T^2 * divergence + ce_weight * cross-entropy, per token."""
 
-    loss: Literal["forward_kl"] = Field(default="forward_kl", description="Divergence from the teacher.")
+    loss: Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd"] = Field(
+        default="forward_kl", description="Divergence from the teacher."
+    )
+    jsd_beta: float | None = Field(
+        default=None, description="The teacher's share of the mixture in jsd, between 0 and 1; 0.5 where not given."
+    )
+    skew_alpha: float | None = Field(
+        default=None,
+        description="Share of the mixture that skew_forward_kl and skew_reverse_kl add to the model that would stand "
+        "there alone, between 0 and 1; 0.1 where not given.",
+    )
     kd_weight: float = Field(default=1.0, ge=0)
     ce_weight: float = Field(default=0.0, ge=0)
     temperature: float = Field(default=1.0, description="Divides both models' logits in the divergence; above 0.")
-    temperature_squared: bool = Field(default=True, description="Multiply the divergence by temperature squared.")
+    teacher_temperature: float | None = Field(
+        default=None, description="Divides the teacher's logits in the place of `temperature`; above 0."
+    )
+    temperature_squared: bool = Field(default=True, description="Multiply the divergence by `temperature` squared.")
     loss_chunk_mib: int | None = Field(
         default=None, gt=0, description="Memory for a chunk of logits, MiB; 64 on CPU and 1024 on GPU where not given."
     )

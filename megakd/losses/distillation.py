@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from megakd.losses.inputs import LossInputs, build_inputs
-from megakd.losses.products import add_head_gradient_, project_, project_back_
+from megakd.losses.products import add_head_gradient_, project_back_
 from megakd.losses.rows import build_buffers, reduce_chunk, write_gradient
 from megakd.losses.shards import compute_dtype, reduce_hidden_gradient
 from megakd.losses.signals import DenseSignal, LossSums
@@ -28,8 +28,15 @@ def distillation_loss(
     ce_weight: float,
     vocab_size: int,
     temperature: float = 1.0,
+    teacher_temperature: float | None = None,
     temperature_squared: bool = True,
     divergence: str = "forward_kl",
+    jsd_beta: float | None = None,
+    skew_alpha: float | None = None,
+    student_logit_scale: float = 1.0,
+    student_logit_softcap: float | None = None,
+    teacher_logit_scale: float = 1.0,
+    teacher_logit_softcap: float | None = None,
     tp_group: ProcessGroup | None = None,
     sequence_parallel: bool = False,
     chunk_mib: int | None = None,
@@ -49,6 +56,12 @@ def distillation_loss(
     signal: the teacher's side; None for the cross-entropy alone, which wants kd_weight 0.
     vocab_size: ids that exist, the smaller of the two models' vocab_size; columns beyond take part in nothing.
     temperature: divides both models' logits in the divergence; the cross-entropy is at temperature 1.
+    teacher_temperature: the teacher's where it differs; the student's takes part in the gradients and in T^2.
+    divergence: forward_kl, reverse_kl, jsd, skew_forward_kl, skew_reverse_kl or tvd, see `DIVERGENCES`.
+    jsd_beta: the teacher's share of jsd's mixture, 0.5 where not given; skew_alpha: the teacher's in skew_forward_kl
+        and the student's in skew_reverse_kl, 0.1 where not given. No effect on another divergence.
+    student_logit_scale, student_logit_softcap, and the teacher's: the model's logits are
+        softcap * tanh(scale * hidden head^T / softcap), or scale * hidden head^T where softcap is None.
     chunk_mib: memory for a chunk of both models' logits, see `chunk_rows`.
     main_grad: [v/tp, h] buffer, fp32 in training. The head's gradient times `grad_scale` is added to it here, in
         forward; backward then sets `student_head.grad_added_to_main_grad` and hands out a gradient without meaning
@@ -69,8 +82,15 @@ def distillation_loss(
         ce_weight=ce_weight,
         vocab_size=vocab_size,
         temperature=temperature,
+        teacher_temperature=teacher_temperature,
         temperature_squared=temperature_squared,
         divergence=divergence,
+        jsd_beta=jsd_beta,
+        skew_alpha=skew_alpha,
+        student_logit_scale=student_logit_scale,
+        student_logit_softcap=student_logit_softcap,
+        teacher_logit_scale=teacher_logit_scale,
+        teacher_logit_softcap=teacher_logit_softcap,
         tp_group=tp_group,
         sequence_parallel=sequence_parallel,
         chunk_mib=chunk_mib,
@@ -144,11 +164,9 @@ def _run_chunks(
     for start in range(0, labels.shape[0], inputs.chunk_rows):
         part = slice(start, min(start + inputs.chunk_rows, labels.shape[0]))
         chunk = buffers.rows(part.stop - start)
-        project_(chunk.student, rows_hidden[part], head)
-        objective.shard.mask_(chunk.student)
-        if chunk.teacher is not None and teacher_hidden is not None and teacher_head is not None:
-            project_(chunk.teacher, teacher_hidden[part], teacher_head)
-            objective.shard.mask_(chunk.teacher)
+        objective.project_student_(chunk, rows_hidden[part], head)
+        if teacher_hidden is not None and teacher_head is not None:
+            objective.project_teacher_(chunk, teacher_hidden[part], teacher_head)
         blocks = chunk.blocks()
         rows = reduce_chunk(objective, chunk, blocks, labels[part])
         sums += torch.stack([rows.kd, rows.ce]) @ weights[part]

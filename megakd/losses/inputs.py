@@ -10,6 +10,7 @@ from torch.distributed import ProcessGroup
 
 from megakd.losses.chunking import chunk_rows
 from megakd.losses.divergences import get_divergence
+from megakd.losses.logit_form import build_logit_form
 from megakd.losses.rows import Objective
 from megakd.losses.shards import build_shard, compute_dtype, gather_sequence
 from megakd.losses.signals import DenseSignal
@@ -47,16 +48,27 @@ def build_inputs(
     ce_weight: float,
     vocab_size: int,
     temperature: float,
+    teacher_temperature: float | None,
     temperature_squared: bool,
     divergence: str,
+    jsd_beta: float | None,
+    skew_alpha: float | None,
+    student_logit_scale: float,
+    student_logit_softcap: float | None,
+    teacher_logit_scale: float,
+    teacher_logit_softcap: float | None,
     tp_group: ProcessGroup | None,
     sequence_parallel: bool,
     chunk_mib: int | None,
 ) -> LossInputs:
     """Check everything and choose the chunk; see `distillation_loss` for the arguments. Raises ValueError."""
-    known = get_divergence(divergence)
+    known = get_divergence(divergence, jsd_beta=jsd_beta, skew_alpha=skew_alpha)
     if not 0.0 < temperature < float("inf"):
         raise ValueError(f"temperature is {temperature}; it must be > 0. Use 1.0 to leave the logits unscaled.")
+    if teacher_temperature is not None and not 0.0 < teacher_temperature < float("inf"):
+        raise ValueError(f"teacher_temperature is {teacher_temperature}; it must be > 0. Use None for `temperature`.")
+    student_form = build_logit_form("student", student_logit_scale, student_logit_softcap)
+    teacher_form = build_logit_form("teacher", teacher_logit_scale, teacher_logit_softcap)
     if signal is None and kd_weight != 0.0:
         raise ValueError(f"kd_weight is {kd_weight} without a teacher signal; it must be 0 for cross-entropy alone.")
     shard = build_shard(student_head.shape[0], vocab_size, tp_group)
@@ -66,7 +78,16 @@ def build_inputs(
 
     tempered = 1.0 if signal is None else temperature
     kd_factor = kd_weight * tempered**2 if temperature_squared else kd_weight
-    objective = Objective(shard, None if signal is None else known, tempered, kd_factor / tempered, ce_weight)
+    objective = Objective(
+        shard,
+        None if signal is None else known,
+        tempered,
+        temperature if teacher_temperature is None else teacher_temperature,
+        kd_factor / tempered,
+        ce_weight,
+        student_form,
+        teacher_form,
+    )
     element_size = compute_dtype(student_hidden, *([] if signal is None else [signal.hidden])).itemsize
     rows = chunk_rows(
         labels.shape[0],

@@ -42,6 +42,12 @@ class VocabularyShard:
         dist.all_gather_into_tensor(gathered, rows, group=self.group)
         return gathered.view(self.tp_size, *rows.shape)
 
+    def sum_statistics(self, figures: Tensor) -> Tensor:
+        """Figures of any shape summed over the ranks, in place."""
+        if self.tp_size > 1:
+            dist.all_reduce(figures, group=self.group)
+        return figures
+
 
 def build_shard(width: int, vocab_size: int, group: dist.ProcessGroup | None) -> VocabularyShard:
     """The shard of a rank that holds `width` of the padded vocabulary's columns; ValueError where ids are missing."""

@@ -7,7 +7,6 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megakd.losses.inputs import LossInputs, build_inputs
-from megakd.losses.products import project_
 from megakd.losses.rows import build_buffers, merge_sums, reduce_chunk
 from megakd.losses.shards import VocabularyShard, compute_dtype
 from megakd.losses.signals import DenseSignal, TokenStatistics
@@ -23,7 +22,14 @@ def token_statistics(
     *,
     vocab_size: int,
     temperature: float = 1.0,
+    teacher_temperature: float | None = None,
     divergence: str = "forward_kl",
+    jsd_beta: float | None = None,
+    skew_alpha: float | None = None,
+    student_logit_scale: float = 1.0,
+    student_logit_softcap: float | None = None,
+    teacher_logit_scale: float = 1.0,
+    teacher_logit_softcap: float | None = None,
     tp_group: ProcessGroup | None = None,
     sequence_parallel: bool = False,
     chunk_mib: int | None = None,
@@ -43,8 +49,15 @@ def token_statistics(
         ce_weight=1.0,
         vocab_size=vocab_size,
         temperature=temperature,
+        teacher_temperature=teacher_temperature,
         temperature_squared=False,
         divergence=divergence,
+        jsd_beta=jsd_beta,
+        skew_alpha=skew_alpha,
+        student_logit_scale=student_logit_scale,
+        student_logit_softcap=student_logit_softcap,
+        teacher_logit_scale=teacher_logit_scale,
+        teacher_logit_softcap=teacher_logit_softcap,
         tp_group=tp_group,
         sequence_parallel=sequence_parallel,
         chunk_mib=chunk_mib,
@@ -68,14 +81,12 @@ def _fill(inputs: LossInputs, hidden: Tensor, head: Tensor, figures: Tensor, agr
     for start in range(0, inputs.labels.shape[0], inputs.chunk_rows):
         part = slice(start, min(start + inputs.chunk_rows, inputs.labels.shape[0]))
         chunk, labels = buffers.rows(part.stop - start), inputs.labels[part]
-        project_(chunk.student, hidden[part], head)
-        shard.mask_(chunk.student)
+        objective.project_student_(chunk, hidden[part], head)
         if chunk.teacher is not None and teacher_hidden is not None and teacher_head is not None:
-            project_(chunk.teacher, teacher_hidden[part], teacher_head)
-            shard.mask_(chunk.teacher)
+            objective.project_teacher_(chunk, teacher_hidden[part], teacher_head)
             first = _likeliest(shard, chunk.student)
             agree[part] = first == _likeliest(shard, chunk.teacher)
-            figures[2, part] = _cross_entropy(shard, chunk.teacher, labels, chunk.scratch)
+            figures[2, part] = _cross_entropy(shard, chunk.teacher, labels, chunk.scratch[0])
         rows = reduce_chunk(objective, chunk, chunk.blocks(), labels)
         figures[0, part], figures[1, part] = rows.kd, rows.ce
 

@@ -407,3 +407,10 @@ def test_configurations_are_read_without_torch() -> None:
         "sys.exit(any(name in sys.modules for name in ('torch', 'megatron', 'transformers', 'numpy')))"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_an_unknown_loss_lists_the_known() -> None:
+    with pytest.raises(UserError) as error:
+        config_from_dict(values(distill__loss="kl"))
+    for name in ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd"):
+        assert f"'{name}'" in str(error.value)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +26,19 @@ class Case:
     ce_weight: float = 0.3
     temperature: float = 1.0
     temperature_squared: bool = True
+    teacher_temperature: float | None = None
+    divergence: str = "forward_kl"
+    jsd_beta: float = 0.5
+    skew_alpha: float = 0.1
+    student_logit_scale: float = 1.0
+    student_logit_softcap: float | None = None
+    teacher_logit_scale: float = 1.0
+    teacher_logit_softcap: float | None = None
+
+    def settings(self) -> dict[str, Any]:
+        """Keyword arguments of the loss."""
+        names = [field.name for field in dataclasses.fields(self)][6:]
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)
@@ -46,7 +62,7 @@ def make_case(
     teacher_width: int = 40,
     dtype: torch.dtype = torch.float64,
     with_teacher: bool = True,
-    **settings: float,
+    **settings: Any,
 ) -> Case:
     """Random models with logits of a few units, random weights with zeros whose labels are -100."""
     generator = torch.Generator().manual_seed(seed)
@@ -71,17 +87,48 @@ def make_case(
     )
 
 
+def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    return (log_p.exp() * (log_p - log_q)).sum(1)
+
+
+def _mixture(share: float, log_p: Tensor, log_q: Tensor) -> Tensor:
+    """ln(share p + (1 - share) q)."""
+    return torch.logaddexp(log_p + math.log(share), log_q + math.log(1 - share))
+
+
+def divergence(case: Case, log_p: Tensor, log_q: Tensor) -> Tensor:
+    """The case's divergence of q from p, [n]."""
+    beta, alpha = case.jsd_beta, case.skew_alpha
+    if case.divergence == "jsd":
+        log_m = _mixture(beta, log_p, log_q)
+        return beta * _kl(log_p, log_m) + (1 - beta) * _kl(log_q, log_m)
+    if case.divergence == "tvd":
+        return 0.5 * (log_p.exp() - log_q.exp()).abs().sum(1)
+    return {
+        "forward_kl": lambda: _kl(log_p, log_q),
+        "reverse_kl": lambda: _kl(log_q, log_p),
+        "skew_forward_kl": lambda: _kl(log_p, _mixture(alpha, log_p, log_q)),
+        "skew_reverse_kl": lambda: _kl(log_q, _mixture(1 - alpha, log_p, log_q)),
+    }[case.divergence]()
+
+
+def _logits(hidden: Tensor, head: Tensor, vocab_size: int, scale: float, softcap: float | None) -> Tensor:
+    logits = scale * (hidden @ head.T[:, :vocab_size])
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
 def token_losses(case: Case, hidden: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:
     """kd and ce of each token [n], from the definitions."""
-    student = hidden @ head.T[:, : case.vocab_size]
+    student = _logits(hidden, head, case.vocab_size, case.student_logit_scale, case.student_logit_softcap)
     log_q1 = torch.log_softmax(student, dim=1)
     ce = -log_q1.gather(1, case.labels.clamp(min=0)[:, None])[:, 0]
     if case.teacher_hidden is None or case.teacher_head is None:
         return torch.zeros_like(ce), ce
-    teacher = case.teacher_hidden.double() @ case.teacher_head.double().T[:, : case.vocab_size]
-    log_p = torch.log_softmax(teacher / case.temperature, dim=1)
+    teacher_inputs = case.teacher_hidden.double(), case.teacher_head.double(), case.vocab_size
+    teacher = _logits(*teacher_inputs, case.teacher_logit_scale, case.teacher_logit_softcap)
+    log_p = torch.log_softmax(teacher / (case.teacher_temperature or case.temperature), dim=1)
     log_q = torch.log_softmax(student / case.temperature, dim=1)
-    return (log_p.exp() * (log_p - log_q)).sum(1), ce
+    return divergence(case, log_p, log_q), ce
 
 
 def solve(case: Case) -> Answer:

@@ -27,11 +27,7 @@ def fused_loss(case: Case, hidden: Tensor, head: Tensor, **more: Any) -> LossSum
         case.labels,
         case.token_weights,
         signal,
-        kd_weight=case.kd_weight,
-        ce_weight=case.ce_weight,
-        vocab_size=case.vocab_size,
-        temperature=case.temperature,
-        temperature_squared=case.temperature_squared,
+        **case.settings(),
         **more,
     )
 

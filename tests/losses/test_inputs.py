@@ -48,7 +48,7 @@ def test_token_statistics_refuse_it_too():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"divergence": "fwd_kl"}, "divergence is 'fwd_kl'; it must be one of: forward_kl"),
+        ({"divergence": "fwd_kl"}, "divergence is 'fwd_kl'; it must be one of: forward_kl, jsd, reverse_kl"),
         ({"temperature": 0.0}, r"temperature is 0\.0; it must be > 0"),
         ({"temperature": float("inf")}, "temperature is inf"),
         ({"vocab_size": 21}, "vocab_size is 21, but the heads have 1 x 20 rows"),
