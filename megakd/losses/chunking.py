@@ -8,7 +8,7 @@ import torch
 DEFAULT_CHUNK_MIB = {"cpu": 64, "cuda": 1024}
 ROW_MULTIPLE = 128
 # Elementwise work goes through a chunk in blocks that stay in a CPU core's cache; on GPU only launches count.
-_BLOCK_BYTES = {"cpu": 1 << 20, "cuda": 64 << 20}
+_BLOCK_BYTES = {"cpu": 1 << 19, "cuda": 64 << 20}
 
 
 def chunk_rows(

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
+from megakd.losses.dense import DenseWork
 from megakd.losses.inputs import LossInputs, build_inputs
 from megakd.losses.products import add_head_gradient_, project_back_
-from megakd.losses.rows import build_buffers, reduce_chunk, write_gradient
 from megakd.losses.shards import compute_dtype, reduce_hidden_gradient
 from megakd.losses.signals import DenseSignal, LossSums
 
@@ -149,41 +149,38 @@ def _run_chunks(
     inputs: LossInputs, hidden: Tensor, head: Tensor, wanted: _Wanted
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Sums of kd and ce, the gradient of `hidden` as it came, and the head's (all of main_grad where given)."""
-    objective, labels = inputs.objective, inputs.labels
-    rows_hidden, teacher_hidden, teacher_head = inputs.gather(hidden)
-    dtype = compute_dtype(hidden, head, *([] if teacher_head is None else [teacher_head]))
+    objective, count = inputs.objective, inputs.labels.shape[0]
+    gathered = inputs.gather(hidden, head)
+    dtype = compute_dtype(hidden, *([] if inputs.signal is None else [inputs.signal.hidden]))
     weights = inputs.token_weights.to(dtype)
-    buffers = build_buffers(objective, inputs.chunk_rows, dtype, hidden.device)
+    work = DenseWork(objective, gathered, inputs.chunk_rows, dtype)
     sums = torch.zeros(2, dtype=dtype, device=hidden.device)
-    hidden_gradient = torch.empty_like(rows_hidden, dtype=dtype) if wanted.hidden else None
+    hidden_gradient = torch.empty_like(gathered.hidden, dtype=dtype) if wanted.hidden else None
     head_gradient = wanted.main_grad if wanted.head else None
     if wanted.head and head_gradient is None:
-        head_gradient = torch.empty_like(head, dtype=dtype) if len(labels) else torch.zeros_like(head, dtype=dtype)
+        head_gradient = torch.empty_like(head, dtype=dtype) if count else torch.zeros_like(head, dtype=dtype)
     scale = 1.0 if wanted.main_grad is None else wanted.grad_scale
 
-    for start in range(0, labels.shape[0], inputs.chunk_rows):
-        part = slice(start, min(start + inputs.chunk_rows, labels.shape[0]))
-        chunk = buffers.rows(part.stop - start)
-        objective.project_student_(chunk, rows_hidden[part], head)
-        if teacher_hidden is not None and teacher_head is not None:
-            objective.project_teacher_(chunk, teacher_hidden[part], teacher_head)
-        blocks = chunk.blocks()
-        rows = reduce_chunk(objective, chunk, blocks, labels[part])
-        sums += torch.stack([rows.kd, rows.ce]) @ weights[part]
-        if wanted.hidden or wanted.head:
-            write_gradient(objective, chunk, blocks, labels[part], weights[part], rows)
+    for start in range(0, count, inputs.chunk_rows):
+        part = slice(start, min(start + inputs.chunk_rows, count))
+        kd, ce, gradient = work.run(part, wanted.hidden or wanted.head)
+        sums += torch.stack([kd, ce]) @ weights[part]
+        if gradient is None:
+            continue
+        # Weights are folded into rows of the narrow sides of both products, not into logits.
+        weight = weights[part].unsqueeze(1)
         if hidden_gradient is not None:
-            project_back_(hidden_gradient[part], chunk.student, head)
+            project_back_(hidden_gradient[part], gradient, gathered.head)
+            hidden_gradient[part].mul_(weight)
         if head_gradient is not None:
             overwrite = wanted.main_grad is None and start == 0
-            add_head_gradient_(head_gradient, chunk.student, rows_hidden[part], scale=scale, overwrite=overwrite)
+            add_head_gradient_(head_gradient, gradient, gathered.hidden[part], weight * scale, overwrite=overwrite)
 
     if hidden_gradient is not None:
         hidden_gradient = reduce_hidden_gradient(hidden_gradient, objective.shard.group, inputs.sequence_parallel)
         hidden_gradient = hidden_gradient.to(hidden.dtype)
-    kd, ce = sums.unbind()
     # Copies, since an autograd function may not return two views of one tensor.
-    return kd.clone(), ce.clone(), hidden_gradient, head_gradient
+    return sums[0].clone(), sums[1].clone(), hidden_gradient, head_gradient
 
 
 def _scaled(saved: Tensor, gradient: Tensor) -> Tensor:

@@ -9,9 +9,10 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megakd.losses.chunking import chunk_rows
+from megakd.losses.dense import DenseInputs
 from megakd.losses.divergences import get_divergence
 from megakd.losses.logit_form import build_logit_form
-from megakd.losses.rows import Objective
+from megakd.losses.objective import Objective
 from megakd.losses.shards import build_shard, compute_dtype, gather_sequence
 from megakd.losses.signals import DenseSignal
 
@@ -28,13 +29,14 @@ class LossInputs:
     chunk_rows: int
     sequence_parallel: bool
 
-    def gather(self, hidden: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """All n rows of the student's hidden states and of the teacher's, and the teacher's head."""
+    def gather(self, hidden: Tensor, head: Tensor) -> DenseInputs:
+        """The inputs with all n rows of both models' hidden states."""
         group = self.objective.shard.group if self.sequence_parallel else None
-        hidden = gather_sequence(hidden.detach(), group)
+        hidden, head = gather_sequence(hidden.detach(), group), head.detach()
         if self.signal is None:
-            return hidden, None, None
-        return hidden, gather_sequence(self.signal.hidden.detach(), group), self.signal.head.detach()
+            return DenseInputs(hidden, head, self.labels, None, None)
+        teacher_hidden = gather_sequence(self.signal.hidden.detach(), group)
+        return DenseInputs(hidden, head, self.labels, teacher_hidden, self.signal.head.detach())
 
 
 def build_inputs(

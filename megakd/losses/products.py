@@ -17,16 +17,16 @@ def project_back_(hidden_gradient: Tensor, logits_gradient: Tensor, head: Tensor
 
 
 def add_head_gradient_(
-    head_gradient: Tensor, logits_gradient: Tensor, hidden: Tensor, *, scale: float, overwrite: bool
+    head_gradient: Tensor, logits_gradient: Tensor, hidden: Tensor, weight: Tensor, *, overwrite: bool
 ) -> None:
-    """head_gradient [v/tp, h] += scale * logits_gradient^T [v/tp, c] hidden [c, h], or = where `overwrite` is set."""
+    """head_gradient [v/tp, h] += logits_gradient^T [v/tp, c] (weight [c, 1] * hidden [c, h]), or = with `overwrite`."""
     beta = 0.0 if overwrite else 1.0  # 0 also ignores what uninitialised memory holds
     dtype = head_gradient.dtype
     if hidden.dtype != dtype and hidden.is_cuda:
-        narrow = logits_gradient.to(hidden.dtype).t()
-        torch.addmm(head_gradient, narrow, hidden, dtype, beta=beta, alpha=scale, out=head_gradient)
+        narrow, weighted = logits_gradient.to(hidden.dtype).t(), (weight * hidden).to(hidden.dtype)
+        torch.addmm(head_gradient, narrow, weighted, dtype, beta=beta, out=head_gradient)
     else:
-        head_gradient.addmm_(logits_gradient.to(dtype).t(), hidden.to(dtype), beta=beta, alpha=scale)
+        head_gradient.addmm_(logits_gradient.to(dtype).t(), (weight * hidden).to(dtype), beta=beta)
 
 
 def _product_(out: Tensor, left: Tensor, right: Tensor) -> None:

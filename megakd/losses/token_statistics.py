@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megakd.losses.dense import DenseWork
 from megakd.losses.inputs import LossInputs, build_inputs
-from megakd.losses.rows import build_buffers, merge_sums, reduce_chunk
+from megakd.losses.rows import merge_sums
 from megakd.losses.shards import VocabularyShard, compute_dtype
 from megakd.losses.signals import DenseSignal, TokenStatistics
 
@@ -75,20 +76,15 @@ def token_statistics(
 
 def _fill(inputs: LossInputs, hidden: Tensor, head: Tensor, figures: Tensor, agree: Tensor) -> None:
     """Write kd, ce and teacher_ce to figures [3, n], and agree [n]."""
-    objective, shard = inputs.objective, inputs.objective.shard
-    hidden, teacher_hidden, teacher_head = inputs.gather(hidden)
-    buffers = build_buffers(objective, inputs.chunk_rows, figures.dtype, hidden.device)
-    for start in range(0, inputs.labels.shape[0], inputs.chunk_rows):
-        part = slice(start, min(start + inputs.chunk_rows, inputs.labels.shape[0]))
-        chunk, labels = buffers.rows(part.stop - start), inputs.labels[part]
-        objective.project_student_(chunk, hidden[part], head)
-        if chunk.teacher is not None and teacher_hidden is not None and teacher_head is not None:
-            objective.project_teacher_(chunk, teacher_hidden[part], teacher_head)
-            first = _likeliest(shard, chunk.student)
-            agree[part] = first == _likeliest(shard, chunk.teacher)
-            figures[2, part] = _cross_entropy(shard, chunk.teacher, labels, chunk.scratch[0])
-        rows = reduce_chunk(objective, chunk, chunk.blocks(), labels)
-        figures[0, part], figures[1, part] = rows.kd, rows.ce
+    work = DenseWork(inputs.objective, inputs.gather(hidden, head), inputs.chunk_rows, figures.dtype)
+    shard, count = inputs.objective.shard, inputs.labels.shape[0]
+    for start in range(0, count, inputs.chunk_rows):
+        part = slice(start, min(start + inputs.chunk_rows, count))
+        logits, teacher_logits = work.project(part)
+        if teacher_logits is not None:
+            agree[part] = _likeliest(shard, logits) == _likeliest(shard, teacher_logits)
+            figures[2, part] = _cross_entropy(shard, teacher_logits, inputs.labels[part], work.scratch[0])
+        figures[0, part], figures[1, part], _ = work.reduce(part, want_gradient=False)
 
 
 def _likeliest(shard: VocabularyShard, logits: Tensor) -> Tensor:

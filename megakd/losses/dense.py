@@ -1,0 +1,115 @@
+"""The loss against a teacher's whole distributions: both models' logits, a chunk of rows at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from megakd.losses.chunking import block_rows
+from megakd.losses.objective import Objective
+from megakd.losses.passes import Block, evaluate_block, reduce_block, scratch_count, write_block
+from megakd.losses.products import project_
+from megakd.losses.rows import RowTotals, merge_figures
+
+
+@dataclass(frozen=True)
+class DenseInputs:
+    """All n rows on every tensor rank: hidden [n, h], head [v/tp, h], labels [n], the same of a teacher or None."""
+
+    hidden: Tensor
+    head: Tensor
+    labels: Tensor
+    teacher_hidden: Tensor | None
+    teacher_head: Tensor | None
+
+
+class DenseWork:
+    """Losses and gradients of chunks of rows in torch, with memory for one chunk.
+
+    Elementwise work goes block by block, small enough for a core's cache. Without other tensor ranks to hear from, a
+    block's gradient is written while it is still there.
+    """
+
+    def __init__(self, objective: Objective, inputs: DenseInputs, rows: int, dtype: torch.dtype) -> None:
+        width, device = objective.shard.width, inputs.hidden.device
+        self.objective, self.inputs = objective, inputs
+        self.student = torch.empty((rows, width), dtype=dtype, device=device)
+        self.teacher = None if objective.divergence is None else torch.empty_like(self.student)
+        block = block_rows(rows, width, device, dtype.itemsize)
+        self.scratch = self.student.new_empty((scratch_count(objective), block, width))
+
+    def run(self, part: slice, want_gradient: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """kd and ce of the rows `part`, [c] each, over the whole vocabulary; and where wanted the gradient by
+        hidden @ head^T of tokens of weight 1, [c, v/tp], in memory that the next call reuses.
+        """
+        self.project(part)
+        return self.reduce(part, want_gradient)
+
+    def project(self, part: slice) -> tuple[Tensor, Tensor | None]:
+        """Both models' logits [c, v/tp] of the rows, masked outside the vocabulary."""
+        inputs, objective, count = self.inputs, self.objective, part.stop - part.start
+        z = self.student[:count]
+        project_(z, inputs.hidden[part], inputs.head)
+        objective.student_form.apply_(z)
+        objective.shard.mask_(z)
+        if self.teacher is None or inputs.teacher_hidden is None or inputs.teacher_head is None:
+            return z, None
+        u = self.teacher[:count]
+        project_(u, inputs.teacher_hidden[part], inputs.teacher_head)
+        objective.teacher_form.apply_(u)
+        objective.shard.mask_(u)
+        return z, u
+
+    def reduce(self, part: slice, want_gradient: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """`run` for the rows that `project` was just called for."""
+        objective, z = self.objective, self.student[: part.stop - part.start]
+        columns, held = objective.shard.locate(self.inputs.labels[part])
+        figures = z.new_empty((4 if objective.divergence is None else 7, len(z)))
+        torch.mul(z.gather(1, columns), held, out=figures[0].unsqueeze(1))
+        at_label = held.to(z.dtype) * (-objective.ce_weight * objective.student_form.scale)
+        losses = z.new_empty((2, len(z)))
+        for piece, blocks in self._pieces(len(z)):
+            rows = self._reduce_piece(blocks, figures[:, piece])
+            assert rows.kd is not None
+            losses[0, piece], losses[1, piece] = rows.kd, rows.ce
+            if want_gradient:
+                label = columns[piece], at_label[piece]
+                for block in blocks:
+                    write_block(objective, block, label, rows)
+        return losses[0], losses[1], z if want_gradient else None
+
+    def _pieces(self, count: int) -> Iterator[tuple[slice, list[Block]]]:
+        """Rows whose figures are merged together, in blocks: all of a chunk, one block each on a single rank."""
+        step = self.scratch.shape[1]
+        parts = [slice(start, min(start + step, count)) for start in range(0, count, step)]
+        if self.objective.shard.tp_size > 1:
+            yield slice(0, count), [self._block(part) for part in parts]
+            return
+        for part in parts:
+            yield part, [replace(self._block(part), part=slice(0, part.stop - part.start))]
+
+    def _block(self, part: slice) -> Block:
+        scratch = list(self.scratch[:, : part.stop - part.start].unbind())
+        return Block(part, self.student[part], None if self.teacher is None else self.teacher[part], scratch)
+
+    def _reduce_piece(self, blocks: list[Block], figures: Tensor) -> RowTotals:
+        """Fill figures [k, c] and merge them, in one round or two."""
+        objective, divergence = self.objective, self.objective.divergence
+        columns = figures[1:].unsqueeze(2)
+        for block in blocks:
+            reduce_block(objective, block, list(columns[:, block.part].unbind()))
+        if divergence is not None:
+            figures[6].div_(figures[5 if divergence.separable else 2])
+            figures[5].log_()
+        figures[2:4].log_()
+        rows = merge_figures(objective, figures)
+        if divergence is None or divergence.evaluate is None:
+            return rows
+        sums = figures.new_empty((2, figures.shape[1], 1))
+        for block in blocks:
+            evaluate_block(objective, block, rows, sums[:, block.part])
+        objective.shard.sum_statistics(sums)
+        return replace(rows, kd=sums[0].squeeze(1), offset=-sums[1])
