@@ -12,7 +12,7 @@ from megakd.losses.chunking import block_rows
 from megakd.losses.objective import Objective
 from megakd.losses.passes import Block, evaluate_block, reduce_block, scratch_count, write_block
 from megakd.losses.products import project_
-from megakd.losses.rows import RowTotals, merge_figures
+from megakd.losses.rows import MergedRows, RowFactors
 
 
 @dataclass(frozen=True)
@@ -67,19 +67,24 @@ class DenseWork:
         """`run` for the rows that `project` was just called for."""
         objective, z = self.objective, self.student[: part.stop - part.start]
         columns, held = objective.shard.locate(self.inputs.labels[part])
+        at_label = held.to(z.dtype) * (-objective.ce_weight * objective.student_form.scale)
         figures = z.new_empty((4 if objective.divergence is None else 7, len(z)))
         torch.mul(z.gather(1, columns), held, out=figures[0].unsqueeze(1))
-        at_label = held.to(z.dtype) * (-objective.ce_weight * objective.student_form.scale)
-        losses = z.new_empty((2, len(z)))
+        kd = torch.zeros_like(figures[0])
+        separable = objective.divergence is None or objective.divergence.separable
         for piece, blocks in self._pieces(len(z)):
-            rows = self._reduce_piece(blocks, figures[:, piece])
-            assert rows.kd is not None
-            losses[0, piece], losses[1, piece] = rows.kd, rows.ce
-            if want_gradient:
-                label = columns[piece], at_label[piece]
+            merged = self._reduce(blocks, figures[:, piece])
+            factors = merged.factors() if want_gradient or objective.second_round else None
+            if not separable:
+                kd[piece], factors = self._diverge(blocks, merged, factors)
+            if factors is not None and want_gradient:
                 for block in blocks:
-                    write_block(objective, block, label, rows)
-        return losses[0], losses[1], z if want_gradient else None
+                    write_block(objective, block, (columns[piece], at_label[piece]), factors)
+        if objective.shard.tp_size == 1:
+            merged = MergedRows(objective, figures.unsqueeze(0))  # all pieces
+        if objective.divergence is not None and separable:
+            kd = merged.divergences()[0]
+        return kd, merged.cross_entropies(), z if want_gradient else None
 
     def _pieces(self, count: int) -> Iterator[tuple[slice, list[Block]]]:
         """Rows whose figures are merged together, in blocks: all of a chunk, one block each on a single rank."""
@@ -95,21 +100,28 @@ class DenseWork:
         scratch = list(self.scratch[:, : part.stop - part.start].unbind())
         return Block(part, self.student[part], None if self.teacher is None else self.teacher[part], scratch)
 
-    def _reduce_piece(self, blocks: list[Block], figures: Tensor) -> RowTotals:
-        """Fill figures [k, c] and merge them, in one round or two."""
+    def _reduce(self, blocks: list[Block], figures: Tensor) -> MergedRows:
+        """The first round: fill this rank's figures [k, c], hear the others'."""
         objective, divergence = self.objective, self.objective.divergence
         columns = figures[1:].unsqueeze(2)
         for block in blocks:
-            reduce_block(objective, block, list(columns[:, block.part].unbind()))
+            reduce_block(objective, block, columns[:, block.part].unbind())
         if divergence is not None:
             figures[6].div_(figures[5 if divergence.separable else 2])
             figures[5].log_()
         figures[2:4].log_()
-        rows = merge_figures(objective, figures)
-        if divergence is None or divergence.evaluate is None:
-            return rows
-        sums = figures.new_empty((2, figures.shape[1], 1))
+        return MergedRows(objective, objective.shard.gather_statistics(figures))
+
+    def _diverge(
+        self, blocks: list[Block], merged: MergedRows, factors: RowFactors | None
+    ) -> tuple[Tensor, RowFactors | None]:
+        """kd [c], and the factors with their offset; the second round where there is one."""
+        if not self.objective.second_round:
+            kd, offset = merged.divergences()
+            return kd, factors if factors is None else replace(factors, offset=offset)
+        assert factors is not None
+        sums = merged.figures.new_empty((2, merged.figures.shape[2], 1))
         for block in blocks:
-            evaluate_block(objective, block, rows, sums[:, block.part])
-        objective.shard.sum_statistics(sums)
-        return replace(rows, kd=sums[0].squeeze(1), offset=-sums[1])
+            evaluate_block(self.objective, block, factors, sums[:, block.part])
+        self.objective.shard.sum_statistics(sums)
+        return sums[0].squeeze(1), replace(factors, offset=-sums[1])

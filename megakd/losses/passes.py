@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from megakd.losses.objective import Objective
-from megakd.losses.rows import RowTotals
+from megakd.losses.rows import RowFactors
 
 # In fp32 sums of e^x and of e^x x over any vocabulary stay in range while rows' largest x is within this of 0.
 _UNSHIFTED = 40.0
@@ -31,7 +32,7 @@ def scratch_count(objective: Objective) -> int:
     return 2 if objective.student_form.softcap is not None else 1
 
 
-def reduce_block(objective: Objective, block: Block, figures: list[Tensor]) -> None:
+def reduce_block(objective: Objective, block: Block, figures: Sequence[Tensor]) -> None:
     """Write this rank's figures, each [r, 1]: the reference of x = z/T, sum e^(x - reference),
     sum e^(T (x - reference)); with a teacher also the reference of u and the two sums of its divergence.
 
@@ -51,66 +52,66 @@ def reduce_block(objective: Objective, block: Block, figures: list[Tensor]) -> N
         figures[2].copy_(figures[1])
 
 
-def evaluate_block(objective: Objective, block: Block, rows: RowTotals, sums: Tensor) -> None:
+def evaluate_block(objective: Objective, block: Block, factors: RowFactors, sums: Tensor) -> None:
     """The second round: z becomes q unless it is kept, u what the divergence leaves; writes its two sums [2, r, 1]."""
     assert objective.divergence is not None and objective.divergence.evaluate is not None
-    assert block.u is not None and rows.teacher_shift is not None
+    assert block.u is not None and factors.teacher_shift is not None
     z, u, t, spare = block.z, block.u, block.scratch[0], block.scratch[1]
-    shift, teacher_shift = rows.student_shift[block.part], rows.teacher_shift[block.part]
+    shift, teacher_shift = factors.student_shift[block.part], factors.teacher_shift[block.part]
     torch.sub(u, z, out=t).add_(teacher_shift - shift)
     u.add_(teacher_shift).exp_()
     q = torch.add(z, shift, out=block.scratch[2]) if objective.keeps_logits else z.add_(shift)
     objective.divergence.evaluate(t, u, q.exp_(), spare, sums[0], sums[1])
 
 
-def write_block(objective: Objective, block: Block, labels: tuple[Tensor, Tensor], rows: RowTotals) -> None:
+def write_block(objective: Objective, block: Block, labels: tuple[Tensor, Tensor], factors: RowFactors) -> None:
     """Overwrite z with the gradient by hidden @ head^T of a token of weight 1.
 
     labels: columns [c, 1] and what is added there [c, 1], for all rows of the piece.
     """
     part, scale = block.part, objective.student_form.scale
     if objective.keeps_logits:
-        _write_from_logits(objective, block, scale, rows)
+        _write_from_logits(objective, block, scale, factors)
     else:
-        _write_from_exponentials(objective, block, scale, rows)
+        _write_from_exponentials(objective, block, scale, factors)
     block.z.scatter_add_(1, labels[0][part], labels[1][part])
     if objective.student_form.softcap is not None:
         block.z.mul_(block.scratch[-1])
 
 
-def _write_from_exponentials(objective: Objective, block: Block, scale: float, rows: RowTotals) -> None:
+def _write_from_exponentials(objective: Objective, block: Block, scale: float, factors: RowFactors) -> None:
     """z = kd_slope * (the divergence's gradient) + ce_weight * q from e^z, where q is the same in both."""
     part, divergence = block.part, objective.divergence
     kd, ce = objective.kd_slope * scale, objective.ce_weight * scale
     if objective.second_round:
         student_factor: Tensor | float = 1.0  # z is q itself
     else:
-        student_factor = rows.student_shift[part].exp()
+        student_factor = factors.student_shift[part].exp()
     if divergence is None or block.u is None or kd == 0.0:
         block.z.mul_(ce * student_factor)
-    elif divergence.separable and rows.teacher_shift is not None:
+    elif divergence.separable and factors.teacher_shift is not None:
         block.z.mul_((kd + ce) * student_factor)
-        block.z.addcmul_(block.u, rows.teacher_shift[part].exp().mul_(kd), value=-1)
-    elif rows.offset is not None:
-        block.z.mul_(block.u.add_(rows.offset[part] + ce / kd)).mul_(kd * student_factor)
+        block.z.addcmul_(block.u, factors.teacher_shift[part].exp().mul_(kd), value=-1)
+    elif factors.offset is not None:
+        block.z.mul_(block.u.add_(factors.offset[part] + ce / kd)).mul_(kd * student_factor)
 
 
-def _write_from_logits(objective: Objective, block: Block, scale: float, rows: RowTotals) -> None:
+def _write_from_logits(objective: Objective, block: Block, scale: float, factors: RowFactors) -> None:
     """z = kd_slope * (the divergence's gradient) + ce_weight * q(1) from z; the softcap's slope in the last scratch."""
     part, divergence, temperature = block.part, objective.divergence, objective.temperature
     kd, ce, form = objective.kd_slope * scale, objective.ce_weight * scale, objective.student_form
     if form.softcap is not None:
-        form.softcap_slope(block.z, temperature, temperature * rows.reference[part], block.scratch[-1])
+        form.softcap_slope(block.z, temperature, temperature * factors.reference[part], block.scratch[-1])
     cross_entropy = block.scratch[0]
-    torch.add(rows.cross_entropy_shift[part], block.z, alpha=temperature, out=cross_entropy).exp_().mul_(ce)
+    torch.add(factors.cross_entropy_shift[part], block.z, alpha=temperature, out=cross_entropy).exp_().mul_(ce)
     if divergence is None or block.u is None or kd == 0.0:
         block.z.copy_(cross_entropy)
         return
-    block.z.add_(rows.student_shift[part]).exp_()
-    if divergence.separable and rows.teacher_shift is not None:
-        block.z.mul_(kd).addcmul_(block.u, rows.teacher_shift[part].exp().mul_(kd), value=-1)
-    elif rows.offset is not None:
-        block.z.mul_(block.u.add_(rows.offset[part])).mul_(kd)
+    block.z.add_(factors.student_shift[part]).exp_()
+    if divergence.separable and factors.teacher_shift is not None:
+        block.z.mul_(kd).addcmul_(block.u, factors.teacher_shift[part].exp().mul_(kd), value=-1)
+    elif factors.offset is not None:
+        block.z.mul_(block.u.add_(factors.offset[part])).mul_(kd)
     block.z.add_(cross_entropy)
 
 

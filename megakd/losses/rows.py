@@ -11,46 +11,58 @@ from megakd.losses.objective import Objective
 
 
 @dataclass(frozen=True)
-class RowTotals:
-    """Per row: the losses [c] over the whole vocabulary, and what this rank's gradient needs, [c, 1] each.
+class RowFactors:
+    """What this rank's gradient needs per row, [c, 1] each.
 
     With x = logits / T and z = x - reference: student_shift + z is ln q, cross_entropy_shift + T z is ln q at T = 1,
-    and teacher_shift + (u / T_t - its reference) is ln p. offset is that of `Divergence`. kd and offset are still
-    missing after the first of two rounds.
+    and teacher_shift + (u / T_t - its reference) is ln p. offset is that of `Divergence`, None until it is known.
     """
 
-    kd: Tensor | None
-    ce: Tensor
     reference: Tensor
     student_shift: Tensor
     cross_entropy_shift: Tensor
     teacher_shift: Tensor | None
-    offset: Tensor | None
+    offset: Tensor | None = None
 
 
-def merge_figures(objective: Objective, figures: Tensor) -> RowTotals:
-    """Put every rank's figures [k, c] together, with one all-gather.
+@dataclass(frozen=True)
+class MergedRows:
+    """Figures of all tensor ranks, [tp, k, c], and what follows from them.
 
     In order: the label's logit, 0 where another rank holds it; a reference of x = z/T; ln sum e^(x - reference);
     ln sum e^(T (x - reference)). With a teacher also: a reference of y = u/T_t; ln sum e^(y - reference); the mean
     of `Divergence`, 0 for one of two rounds.
     """
-    shard, temperature, divergence = objective.shard, objective.temperature, objective.divergence
-    label_logits, references, log_sums, log_sums_ce, *teacher = shard.gather_statistics(figures).unbind(1)
-    highest_ce, total_ce, shifts_ce = merge_sums(temperature * references, log_sums_ce)
-    shifts = shifts_ce if temperature == 1.0 else merge_sums(references, log_sums)[2]
-    ce = highest_ce - label_logits.sum(0) + total_ce
-    mine = shard.tp_rank
-    reference, shift, shift_ce = (x[mine].unsqueeze(1) for x in (references, shifts, shifts_ce))
-    if divergence is None:
-        return RowTotals(torch.zeros_like(ce), ce, reference, shift, shift_ce, None, None)
-    teacher_references, teacher_log_sums, means = teacher
-    teacher_shifts = merge_sums(teacher_references, teacher_log_sums)[2]
-    teacher_shift = teacher_shifts[mine].unsqueeze(1)
-    if divergence.merge is None:
-        return RowTotals(None, ce, reference, shift, shift_ce, teacher_shift, None)
-    kd, offsets = divergence.merge(means, shifts, teacher_shifts, log_sums, teacher_log_sums)
-    return RowTotals(kd, ce, reference, shift, shift_ce, teacher_shift, offsets[mine].unsqueeze(1))
+
+    objective: Objective
+    figures: Tensor
+
+    def cross_entropies(self) -> Tensor:
+        """[c], nats."""
+        label_logits, references, _, log_sums = self.figures.unbind(1)[:4]
+        highest, total, _ = merge_sums(self.objective.temperature * references, log_sums)
+        return highest - label_logits.sum(0) + total
+
+    def divergences(self) -> tuple[Tensor, Tensor]:
+        """Of one round, (kd [c], this rank's offset [c, 1])."""
+        divergence, shard = self.objective.divergence, self.objective.shard
+        assert divergence is not None and divergence.merge is not None
+        _, references, log_sums, _, teacher_references, teacher_log_sums, means = self.figures.unbind(1)
+        shifts = merge_sums(references, log_sums)[2]
+        teacher_shifts = merge_sums(teacher_references, teacher_log_sums)[2]
+        kd, offsets = divergence.merge(means, shifts, teacher_shifts, log_sums, teacher_log_sums)
+        return kd, offsets[shard.tp_rank].unsqueeze(1)
+
+    def factors(self) -> RowFactors:
+        """What the gradient needs, without the offset."""
+        temperature, mine = self.objective.temperature, self.objective.shard.tp_rank
+        _, references, log_sums, log_sums_ce, *teacher = self.figures.unbind(1)
+        shifts = shifts_ce = merge_sums(references, log_sums)[2]
+        if temperature != 1.0:
+            shifts_ce = merge_sums(temperature * references, log_sums_ce)[2]
+        teacher_shift = merge_sums(teacher[0], teacher[1])[2][mine].unsqueeze(1) if teacher else None
+        reference, shift, shift_ce = (x[mine].unsqueeze(1) for x in (references, shifts, shifts_ce))
+        return RowFactors(reference, shift, shift_ce, teacher_shift)
 
 
 def merge_sums(references: Tensor, log_sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
