@@ -19,6 +19,7 @@ from megakd.common.logging import configure_logging, log
 from megakd.config.schema import Config
 from megakd.data.batches import TrainBatches
 from megakd.evaluation import Scores, evaluate
+from megakd.models.sharding import padded_vocab_size
 from megakd.parallel.random_state import seed_megatron
 from megakd.platform import Platform, build_platform, detect_accelerations, init_distributed, resolve_layer_spec
 from megakd.teacher import Teacher
@@ -35,7 +36,7 @@ from megakd.training.export import export_student, parameters_gathered
 from megakd.training.flops import step_flops
 from megakd.training.held_out import held_out_batches
 from megakd.training.metrics import MetricsWriter, describe_scores
-from megakd.training.objective import Objective
+from megakd.training.objective import Objective, describe_loss
 from megakd.training.preflight import preflight
 from megakd.training.run_folder import save_run_description
 from megakd.training.schedule import learning_rate, total_steps
@@ -298,6 +299,15 @@ class _Run:
                 f"teacher {config.teacher.path}: {teacher.num_layers} layers, {teacher.num_parameters():,} "
                 f"parameters{use}"
             )
+        columns = padded_vocab_size(student.vocab_size, config.student.make_vocab_size_divisible_by)
+        log.info(
+            describe_loss(
+                config.distill,
+                config.data.micro_batch_size * config.data.sequence_length,
+                columns // config.parallel.tensor_model_parallel_size,
+                self.platform.device.type,
+            )
+        )
         log.info(
             f"{self.steps:,} steps of {config.data.global_batch_size * config.data.sequence_length:,} tokens from "
             f"{self.samples.num_samples:,} samples"

@@ -11,9 +11,22 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megakd.config.schema import DistillSection
-from megakd.losses import DenseSignal, distillation_loss
+from megakd.losses import DenseSignal, chunk_rows, distillation_loss
 
 Batch = dict[str, Tensor]
+
+
+def describe_loss(distill: DistillSection, num_rows: int, local_vocab: int, device_type: str) -> str:
+    """One line on the loss and the chunk of a microbatch's `num_rows` tokens that it works on at a time."""
+    rows = chunk_rows(num_rows, local_vocab, device_type=device_type, chunk_mib=distill.loss_chunk_mib)
+    models = 1 if distill.kd_weight == 0 else 2
+    name = "cross-entropy" if distill.kd_weight == 0 else distill.loss
+    name += " and cross-entropy" if distill.kd_weight > 0 and distill.ce_weight > 0 else ""
+    mebibytes = models * rows * local_vocab * 4 / 2**20
+    return (
+        f"loss {name}: chunks of {rows:,} of {num_rows:,} tokens x {local_vocab:,} columns, {mebibytes:,.1f} MiB of "
+        "logits (distill.loss_chunk_mib)"
+    )
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ class Layout:
     recompute: str = "none"
     distributed_optimizer: bool = False
     overlap: bool = False
+    loss: str = "forward_kl"
 
 
 @dataclass
@@ -66,7 +67,8 @@ def layout_config(layout: Layout, student: str, teacher: str):
             "num_layers_in_first_pipeline_stage": layout.first_stage,
         },
         "distill": {
-            "kd_weight": reference.KD_WEIGHT, "ce_weight": reference.CE_WEIGHT, "temperature": reference.TEMPERATURE,
+            "loss": layout.loss, "kd_weight": reference.KD_WEIGHT, "ce_weight": reference.CE_WEIGHT,
+            "temperature": reference.TEMPERATURE,
         },
         "data": {
             "train": "unused", "sequence_length": reference.SEQUENCE, "micro_batch_size": layout.micro_batch_size,

@@ -39,10 +39,23 @@ def token_stream() -> np.ndarray:
     return stream
 
 
+def kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def jsd(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+    log_m = ((log_p.exp() + log_q.exp()) / 2).log()
+    return (kl(log_p, log_m) + kl(log_q, log_m)) / 2
+
+
+DIVERGENCES = {"forward_kl": kl, "reverse_kl": lambda log_p, log_q: kl(log_q, log_p), "jsd": jsd}
+
+
 class ReferenceRun:
     """Losses of every step and the first step's gradients by Hugging Face name."""
 
-    def __init__(self, student: Path, teacher: Path, batches: list[torch.Tensor]) -> None:
+    def __init__(self, student: Path, teacher: Path, batches: list[torch.Tensor], loss: str = "forward_kl") -> None:
+        self.divergence = DIVERGENCES[loss]
         model = LlamaForCausalLM.from_pretrained(student, dtype=torch.float32)
         guide = LlamaForCausalLM.from_pretrained(teacher, dtype=torch.float32).eval()
         decayed = [p for p in model.parameters() if p.dim() > 1]
@@ -64,13 +77,12 @@ class ReferenceRun:
             optimizer.step()
             self.losses.append(loss.item())
 
-    @staticmethod
-    def _loss(model: LlamaForCausalLM, guide: LlamaForCausalLM, batch: torch.Tensor) -> torch.Tensor:
+    def _loss(self, model: LlamaForCausalLM, guide: LlamaForCausalLM, batch: torch.Tensor) -> torch.Tensor:
         tokens, labels = batch[:, :-1], batch[:, 1:]
         z = model(tokens).logits.double()
         with torch.no_grad():
             u = guide(tokens).logits.double()
         log_q, log_p = (z / TEMPERATURE).log_softmax(-1), (u / TEMPERATURE).log_softmax(-1)
-        kd = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+        kd = self.divergence(log_p, log_q).mean()
         ce = -z.log_softmax(-1).gather(-1, labels[..., None]).mean()
         return KD_WEIGHT * TEMPERATURE**2 * kd + CE_WEIGHT * ce

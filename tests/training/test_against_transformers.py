@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.training import reference
-from tests.training.layout_run import Layout, run_layout
+from tests.training.layout_run import Layout, LayoutResult, run_layout
 
 LAYOUTS = {
     "one_rank": Layout(1),
@@ -36,26 +36,47 @@ class Case:
         self.student, self.teacher = folder / "student", folder / "teacher"
         reference.save_model(self.student, layers=4, hidden=32, tied=tied, seed=1, std=0.1)
         reference.save_model(self.teacher, layers=2, hidden=48, tied=not tied, seed=2, std=0.2)
-        stream = torch.from_numpy(reference.token_stream())
-        self.run = reference.ReferenceRun(self.student, self.teacher, self._batches(stream))
+
+    def reference_run(self, loss: str) -> reference.ReferenceRun:
+        return reference.ReferenceRun(self.student, self.teacher, self._batches(), loss)
 
     @staticmethod
-    def _batches(stream: torch.Tensor) -> list[torch.Tensor]:
+    def _batches() -> list[torch.Tensor]:
+        stream = torch.from_numpy(reference.token_stream())
         length, count = reference.SEQUENCE, reference.GLOBAL_BATCH
         windows = [stream[i * length : i * length + length + 1] for i in range(reference.STEPS * count)]
         return [torch.stack(windows[k * count : (k + 1) * count]) for k in range(reference.STEPS)]
 
 
 @pytest.fixture(scope="module", params=["untied", "tied"])
-def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
-    return Case(tmp_path_factory.mktemp(request.param), tied=request.param == "tied")
+def case(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Case, reference.ReferenceRun]:
+    case = Case(tmp_path_factory.mktemp(request.param), tied=request.param == "tied")
+    return case, case.reference_run("forward_kl")
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_layout_trains_as_transformers_does(case: Case, name: str, run_ranks: Callable[..., list[Any]]) -> None:
+def test_layout_trains_as_transformers_does(
+    case: tuple[Case, reference.ReferenceRun], name: str, run_ranks: Callable[..., list[Any]]
+) -> None:
+    models, expected = case
     layout = LAYOUTS[name]
+    result = run_ranks(layout.world_size, run_layout, layout, str(models.student), str(models.teacher))[0]
+    assert_same_run(result, expected)
+
+
+@pytest.mark.parametrize("loss", ["reverse_kl", "jsd"])
+def test_other_divergences_train_as_transformers_does(
+    tmp_path: Path, loss: str, run_ranks: Callable[..., list[Any]]
+) -> None:
+    case = Case(tmp_path, tied=False)
+    layout = Layout(4, tp=2, pp=2, sequence_parallel=True, loss=loss)
     result = run_ranks(layout.world_size, run_layout, layout, str(case.student), str(case.teacher))[0]
-    expected = case.run
+    assert_same_run(result, case.reference_run(loss))
+
+
+def assert_same_run(result: LayoutResult, expected: reference.ReferenceRun) -> None:
     assert set(result.first_gradient) == set(expected.first_gradient)
     for parameter, gradient in expected.first_gradient.items():
         difference = (result.first_gradient[parameter] - gradient).norm() / gradient.norm()
@@ -65,6 +86,7 @@ def test_layout_trains_as_transformers_does(case: Case, name: str, run_ranks: Ca
     assert result.norms == pytest.approx(expected.norms, rel=1e-3)
 
 
-def test_reference_learns(case: Case) -> None:
-    assert case.run.losses[-1] < 0.9 * case.run.losses[0]
+def test_reference_learns(case: tuple[Case, reference.ReferenceRun]) -> None:
+    losses = case[1].losses
+    assert losses[-1] < 0.9 * losses[0]
     assert reference.LR >= 1e-3

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megakd.config.schema import DistillSection
-from megakd.training.objective import Objective
+from megakd.training.objective import Objective, describe_loss
 from tests.losses.ranks import sharded_signal
 from tests.losses.reference import make_case, relative, solve
 
@@ -42,3 +42,13 @@ def test_the_loss_is_the_one_that_is_named(run_ranks, keys):
     expected = solve(case)
     for actual, wanted in zip(record, (expected.total, expected.kd, expected.ce), strict=False):
         assert relative(actual, wanted) <= 1e-10
+
+
+def test_the_chunk_is_told_in_one_line():
+    assert "62.5 MiB" in describe_loss(DistillSection(), 4096, 16000, "cpu")
+    plain = describe_loss(DistillSection(ce_weight=0.5), 4096, 16000, "cpu")
+    assert plain.startswith(
+        "loss forward_kl and cross-entropy: chunks of 512 of 4,096 tokens x 16,000 columns, 62.5 MiB"
+    )
+    alone = describe_loss(DistillSection(kd_weight=0.0, ce_weight=1.0, loss_chunk_mib=16), 4096, 16000, "cpu")
+    assert alone.startswith("loss cross-entropy: chunks of 128 of 4,096 tokens x 16,000 columns, 7.8 MiB")
