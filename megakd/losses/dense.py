@@ -14,6 +14,9 @@ from megakd.losses.passes import Block, evaluate_block, reduce_block, scratch_co
 from megakd.losses.products import project_
 from megakd.losses.rows import MergedRows, RowFactors
 
+# Merging figures costs the same whatever their number; what it takes to hide it still fits a CPU's last cache.
+_BLOCKS_PER_PIECE = 8
+
 
 @dataclass(frozen=True)
 class DenseInputs:
@@ -29,8 +32,8 @@ class DenseInputs:
 class DenseWork:
     """Losses and gradients of chunks of rows in torch, with memory for one chunk.
 
-    Elementwise work goes block by block, small enough for a core's cache. Without other tensor ranks to hear from, a
-    block's gradient is written while it is still there.
+    Elementwise work goes block by block, small enough for a core's cache. Without other tensor ranks to hear from, the
+    gradient of a few blocks is written before the next ones are read.
     """
 
     def __init__(self, objective: Objective, inputs: DenseInputs, rows: int, dtype: torch.dtype) -> None:
@@ -38,8 +41,9 @@ class DenseWork:
         self.objective, self.inputs = objective, inputs
         self.student = torch.empty((rows, width), dtype=dtype, device=device)
         self.teacher = None if objective.divergence is None else torch.empty_like(self.student)
-        block = block_rows(rows, width, device, dtype.itemsize)
-        self.scratch = self.student.new_empty((scratch_count(objective), block, width))
+        count = scratch_count(objective)
+        block = block_rows(rows, width, count + (1 if self.teacher is None else 2), device, dtype.itemsize)
+        self.scratch = self.student.new_empty((count, block, width))
 
     def run(self, part: slice, want_gradient: bool) -> tuple[Tensor, Tensor, Tensor | None]:
         """kd and ce of the rows `part`, [c] each, over the whole vocabulary; and where wanted the gradient by
@@ -87,18 +91,18 @@ class DenseWork:
         return kd, merged.cross_entropies(), z if want_gradient else None
 
     def _pieces(self, count: int) -> Iterator[tuple[slice, list[Block]]]:
-        """Rows whose figures are merged together, in blocks: all of a chunk, one block each on a single rank."""
-        step = self.scratch.shape[1]
-        parts = [slice(start, min(start + step, count)) for start in range(0, count, step)]
-        if self.objective.shard.tp_size > 1:
-            yield slice(0, count), [self._block(part) for part in parts]
-            return
-        for part in parts:
-            yield part, [replace(self._block(part), part=slice(0, part.stop - part.start))]
+        """Rows whose figures are merged together, in blocks: all of a chunk, or a few blocks on a single rank."""
+        step, objective = self.scratch.shape[1], self.objective
+        size = count if objective.shard.tp_size > 1 else _BLOCKS_PER_PIECE * step
+        for start in range(0, count, size):
+            piece = slice(start, min(start + size, count))
+            parts = [slice(first, min(first + step, piece.stop)) for first in range(start, piece.stop, step)]
+            yield piece, [self._block(part, start) for part in parts]
 
-    def _block(self, part: slice) -> Block:
-        scratch = list(self.scratch[:, : part.stop - part.start].unbind())
-        return Block(part, self.student[part], None if self.teacher is None else self.teacher[part], scratch)
+    def _block(self, rows: slice, start: int) -> Block:
+        scratch = list(self.scratch[:, : rows.stop - rows.start].unbind())
+        teacher = None if self.teacher is None else self.teacher[rows]
+        return Block(slice(rows.start - start, rows.stop - start), self.student[rows], teacher, scratch)
 
     def _reduce(self, blocks: list[Block], figures: Tensor) -> MergedRows:
         """The first round: fill this rank's figures [k, c], hear the others'."""

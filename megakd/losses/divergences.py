@@ -23,8 +23,8 @@ class Divergence:
     merge(mean, z_shift, u_shift, z_log_sum, u_log_sum) -> (loss, mine) [c], [tp, c]: of all ranks, [tp, c]: mean is
         `weighted` over the total of the softmax it is weighted with; what added makes z and u ln q and ln p; and
         ln sum e^z, ln sum e^u. `mine` is the offset below of each rank.
-    evaluate(t, p, q, spare, loss, mean): second round. t = ln p - ln q; overwrites t, spare and p, leaves q. Writes
-        this shard's part of the loss and of sum q h, [r, 1] each, and h to p.
+    evaluate(t, p, q, spares, loss, mean): second round. t = ln p - ln q; overwrites t, both spares and p, leaves q.
+        Writes this shard's part of the loss and of sum q h, [r, 1] each, and h to p.
 
     The teacher's buffer then holds e^u, and the gradient by z is q - p, where `separable` is set; otherwise it holds h
     and the gradient is q (h + offset), with the offset from `merge`, or - sum q h.
@@ -32,7 +32,7 @@ class Divergence:
 
     reduce: Callable[[Tensor, Tensor, Tensor, bool, Tensor, Tensor, Tensor], None]
     merge: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
-    evaluate: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None] | None = None
+    evaluate: Callable[[Tensor, Tensor, Tensor, list[Tensor], Tensor, Tensor], None] | None = None
     separable: bool = False
 
 
@@ -115,50 +115,50 @@ def _split_mixture(t: Tensor, teacher_share: float, spare: Tensor) -> tuple[Tens
     that a large t would cost.
     """
     t.add_(math.log(teacher_share) - math.log1p(-teacher_share))
-    return t, torch.abs(t, out=spare).neg_().exp_().log1p_()
+    # Beside terms near -ln w, what log loses to a log1p of three times its cost is one rounding.
+    return t, torch.abs(t, out=spare).neg_().exp_().add_(1.0).log_()
 
 
 def _build_jsd(beta: float) -> Divergence:
-    def evaluate(t: Tensor, p: Tensor, q: Tensor, spare: Tensor, loss: Tensor, mean: Tensor) -> None:
-        s, log_rest = _split_mixture(t, beta, spare)
+    def evaluate(t: Tensor, p: Tensor, q: Tensor, spares: list[Tensor], loss: Tensor, mean: Tensor) -> None:
+        s, log_rest = _split_mixture(t, beta, spares[0])
         log_rest.add_(math.log(beta))
-        p.mul_(torch.clamp(s, max=0.0).sub_(log_rest))
-        _row_sums(p, loss)
+        _row_sums(p.mul_(torch.clamp(s, max=0.0, out=spares[1]).sub_(log_rest)), loss)
         log_rest.add_(math.log1p(-beta) - math.log(beta))
         torch.add(s.clamp_(min=0.0), log_rest, out=p).mul_(beta - 1.0)
-        _row_sums(torch.mul(p, q, out=spare), mean)
+        _row_sums(torch.mul(p, q, out=spares[0]), mean)
         loss.mul_(beta).add_(mean)
 
     return Divergence(_reduce_totals, evaluate=evaluate)
 
 
 def _build_skew_forward_kl(alpha: float) -> Divergence:
-    def evaluate(t: Tensor, p: Tensor, q: Tensor, spare: Tensor, loss: Tensor, mean: Tensor) -> None:
-        s, log_rest = _split_mixture(t, alpha, spare)
+    def evaluate(t: Tensor, p: Tensor, q: Tensor, spares: list[Tensor], loss: Tensor, mean: Tensor) -> None:
+        s, log_rest = _split_mixture(t, alpha, spares[0])
         log_ratio = s.clamp_(max=0.0).sub_(log_rest.add_(math.log(alpha)))  # ln p - ln m
         _row_sums(p.mul_(log_ratio), loss)
         torch.exp(log_ratio, out=p).mul_(alpha - 1.0)
-        _row_sums(torch.mul(p, q, out=spare), mean)
+        _row_sums(torch.mul(p, q, out=spares[1]), mean)
 
     return Divergence(_reduce_totals, evaluate=evaluate)
 
 
 def _build_skew_reverse_kl(alpha: float) -> Divergence:
-    def evaluate(t: Tensor, p: Tensor, q: Tensor, spare: Tensor, loss: Tensor, mean: Tensor) -> None:
-        s, log_rest = _split_mixture(t, 1.0 - alpha, spare)
+    def evaluate(t: Tensor, p: Tensor, q: Tensor, spares: list[Tensor], loss: Tensor, mean: Tensor) -> None:
+        s, log_rest = _split_mixture(t, 1.0 - alpha, spares[0])
         log_ratio = s.clamp_(min=0.0).add_(log_rest.add_(math.log(alpha))).neg_()  # ln q - ln m
-        _row_sums(torch.mul(log_ratio, q, out=spare), loss)
-        torch.sub(log_ratio, torch.exp(log_ratio, out=spare), alpha=alpha, out=p)
-        _row_sums(torch.mul(p, q, out=spare), mean)
+        _row_sums(torch.mul(log_ratio, q, out=spares[0]), loss)
+        torch.sub(log_ratio, torch.exp(log_ratio, out=spares[0]), alpha=alpha, out=p)
+        _row_sums(torch.mul(p, q, out=spares[1]), mean)
 
     return Divergence(_reduce_totals, evaluate=evaluate)
 
 
-def _evaluate_tvd(t: Tensor, p: Tensor, q: Tensor, spare: Tensor, loss: Tensor, mean: Tensor) -> None:
-    torch.sub(q, p, out=spare)
-    _row_sums(spare.abs_(), loss).mul_(0.5)
+def _evaluate_tvd(t: Tensor, p: Tensor, q: Tensor, spares: list[Tensor], loss: Tensor, mean: Tensor) -> None:
+    torch.sub(q, p, out=spares[0])
+    _row_sums(spares[0].abs_(), loss).mul_(0.5)
     torch.sign(t, out=p).mul_(-0.5)
-    _row_sums(torch.mul(p, q, out=spare), mean)
+    _row_sums(torch.mul(p, q, out=spares[1]), mean)
 
 
 # Functions of jsd's beta or the skew's alpha, which the others ignore.

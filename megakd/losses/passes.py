@@ -28,7 +28,7 @@ class Block:
 def scratch_count(objective: Objective) -> int:
     """How many scratch buffers a block needs."""
     if objective.second_round:
-        return 3 if objective.keeps_logits else 2
+        return 4 if objective.keeps_logits else 3
     return 2 if objective.student_form.softcap is not None else 1
 
 
@@ -56,12 +56,12 @@ def evaluate_block(objective: Objective, block: Block, factors: RowFactors, sums
     """The second round: z becomes q unless it is kept, u what the divergence leaves; writes its two sums [2, r, 1]."""
     assert objective.divergence is not None and objective.divergence.evaluate is not None
     assert block.u is not None and factors.teacher_shift is not None
-    z, u, t, spare = block.z, block.u, block.scratch[0], block.scratch[1]
+    z, u, t, spares = block.z, block.u, block.scratch[0], block.scratch[1:3]
     shift, teacher_shift = factors.student_shift[block.part], factors.teacher_shift[block.part]
     torch.sub(u, z, out=t).add_(teacher_shift - shift)
     u.add_(teacher_shift).exp_()
-    q = torch.add(z, shift, out=block.scratch[2]) if objective.keeps_logits else z.add_(shift)
-    objective.divergence.evaluate(t, u, q.exp_(), spare, sums[0], sums[1])
+    q = torch.add(z, shift, out=block.scratch[3]) if objective.keeps_logits else z.add_(shift)
+    objective.divergence.evaluate(t, u, q.exp_(), spares, sums[0], sums[1])
 
 
 def write_block(objective: Objective, block: Block, labels: tuple[Tensor, Tensor], factors: RowFactors) -> None:
