@@ -2,12 +2,13 @@
 
 from megakd.losses.chunking import chunk_rows
 from megakd.losses.distillation import distillation_loss
-from megakd.losses.signals import DenseSignal, LossSums, TokenStatistics
+from megakd.losses.signals import DenseSignal, LossSums, SparseSignal, TokenStatistics
 from megakd.losses.token_statistics import token_statistics
 
 __all__ = [
     "DenseSignal",
     "LossSums",
+    "SparseSignal",
     "TokenStatistics",
     "chunk_rows",
     "distillation_loss",

@@ -13,18 +13,25 @@ _BLOCK_BYTES = {"cpu": 3 << 19, "cuda": 256 << 20}
 
 
 def chunk_rows(
-    num_rows: int, local_vocab: int, *, device_type: str = "cpu", chunk_mib: int | None = None, element_size: int = 4
+    num_rows: int,
+    local_vocab: int,
+    *,
+    device_type: str = "cpu",
+    chunk_mib: int | None = None,
+    element_size: int = 4,
+    models: int = 2,
 ) -> int:
-    """Rows per chunk such that two buffers [rows, local_vocab] fit `chunk_mib` MiB (64 on CPU, 1024 on GPU).
+    """Rows per chunk such that a buffer [rows, local_vocab] per model fits `chunk_mib` MiB (64 on CPU, 1024 on GPU).
 
     A multiple of 128, and not below 128 even where that exceeds the budget; `num_rows` where that is less.
-    `local_vocab` is the vocabulary of one tensor rank, v/tp. Raises ValueError for a budget below 1.
+    `local_vocab` is the vocabulary of one tensor rank, v/tp; `models` is 1 where only the student has logits. Raises
+    ValueError for a budget below 1.
     """
     if chunk_mib is None:
         chunk_mib = DEFAULT_CHUNK_MIB.get(device_type, DEFAULT_CHUNK_MIB["cuda"])
     if chunk_mib < 1:
         raise ValueError(f"chunk_mib is {chunk_mib}; it must be at least 1. Leave it out for the device's default.")
-    rows = (chunk_mib << 20) // (2 * element_size * local_vocab)
+    rows = (chunk_mib << 20) // (models * element_size * local_vocab)
     rows = max(ROW_MULTIPLE, rows - rows % ROW_MULTIPLE)
     return min(num_rows, rows)
 

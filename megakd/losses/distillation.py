@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
-from megakd.losses.dense import DenseWork
 from megakd.losses.inputs import LossInputs, build_inputs
 from megakd.losses.products import add_head_gradient_, project_back_
-from megakd.losses.shards import compute_dtype, reduce_hidden_gradient
-from megakd.losses.signals import DenseSignal, LossSums
+from megakd.losses.shards import gather_sequence, reduce_hidden_gradient
+from megakd.losses.signals import DenseSignal, LossSums, SparseSignal
+from megakd.losses.work import build_work
 
 
 def distillation_loss(
@@ -22,7 +22,7 @@ def distillation_loss(
     student_head: Tensor,
     labels: Tensor,
     token_weights: Tensor,
-    signal: DenseSignal | None,
+    signal: DenseSignal | SparseSignal | None,
     *,
     kd_weight: float,
     ce_weight: float,
@@ -53,7 +53,8 @@ def distillation_loss(
     student_head: [v/tp, h], this rank's rows of the padded vocabulary.
     labels, token_weights: [n] on every rank. A weight of 0 hides its token, whose label may be anything. No gradient
         flows to the weights or to the teacher.
-    signal: the teacher's side; None for the cross-entropy alone, which wants kd_weight 0.
+    signal: the teacher's side: its hidden states and head, or k ids per token with their probabilities (forward_kl
+        only); None for the cross-entropy alone, which wants kd_weight 0.
     vocab_size: ids that exist, the smaller of the two models' vocab_size; columns beyond take part in nothing.
     temperature: divides both models' logits in the divergence; the cross-entropy is at temperature 1.
     teacher_temperature: the teacher's where it differs; the student's takes part in the gradients and in T^2.
@@ -149,20 +150,19 @@ def _run_chunks(
     inputs: LossInputs, hidden: Tensor, head: Tensor, wanted: _Wanted
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Sums of kd and ce, the gradient of `hidden` as it came, and the head's (all of main_grad where given)."""
-    objective, count = inputs.objective, inputs.labels.shape[0]
-    gathered = inputs.gather(hidden, head)
-    dtype = compute_dtype(hidden, *([] if inputs.signal is None else [inputs.signal.hidden]))
-    weights = inputs.token_weights.to(dtype)
-    work = DenseWork(objective, gathered, inputs.chunk_rows, dtype)
+    count = inputs.labels.shape[0]
+    rows_hidden, rows_head = gather_sequence(hidden.detach(), inputs.sequence_group), head.detach()
+    work = build_work(inputs, rows_hidden, rows_head)
+    weights = inputs.token_weights.to(inputs.dtype)
+    dtype = inputs.dtype
     sums = torch.zeros(2, dtype=dtype, device=hidden.device)
-    hidden_gradient = torch.empty_like(gathered.hidden, dtype=dtype) if wanted.hidden else None
+    hidden_gradient = torch.empty_like(rows_hidden, dtype=dtype) if wanted.hidden else None
     head_gradient = wanted.main_grad if wanted.head else None
     if wanted.head and head_gradient is None:
         head_gradient = torch.empty_like(head, dtype=dtype) if count else torch.zeros_like(head, dtype=dtype)
     scale = 1.0 if wanted.main_grad is None else wanted.grad_scale
 
-    for start in range(0, count, inputs.chunk_rows):
-        part = slice(start, min(start + inputs.chunk_rows, count))
+    for part in inputs.chunks():
         kd, ce, gradient = work.run(part, wanted.hidden or wanted.head)
         sums += torch.stack([kd, ce]) @ weights[part]
         if gradient is None:
@@ -170,14 +170,16 @@ def _run_chunks(
         # Weights are folded into rows of the narrow sides of both products, not into logits.
         weight = weights[part].unsqueeze(1)
         if hidden_gradient is not None:
-            project_back_(hidden_gradient[part], gradient, gathered.head)
+            project_back_(hidden_gradient[part], gradient, rows_head)
             hidden_gradient[part].mul_(weight)
         if head_gradient is not None:
-            overwrite = wanted.main_grad is None and start == 0
-            add_head_gradient_(head_gradient, gradient, gathered.hidden[part], weight * scale, overwrite=overwrite)
+            overwrite = wanted.main_grad is None and part.start == 0
+            add_head_gradient_(head_gradient, gradient, rows_hidden[part], weight * scale, overwrite=overwrite)
 
     if hidden_gradient is not None:
-        hidden_gradient = reduce_hidden_gradient(hidden_gradient, objective.shard.group, inputs.sequence_parallel)
+        hidden_gradient = reduce_hidden_gradient(
+            hidden_gradient, inputs.objective.shard.group, inputs.sequence_parallel
+        )
         hidden_gradient = hidden_gradient.to(hidden.dtype)
     # Copies, since an autograd function may not return two views of one tensor.
     return sums[0].clone(), sums[1].clone(), hidden_gradient, head_gradient

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -9,34 +10,36 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megakd.losses.chunking import chunk_rows
-from megakd.losses.dense import DenseInputs
 from megakd.losses.divergences import get_divergence
 from megakd.losses.logit_form import build_logit_form
 from megakd.losses.objective import Objective
-from megakd.losses.shards import build_shard, compute_dtype, gather_sequence
-from megakd.losses.signals import DenseSignal
+from megakd.losses.shards import build_shard, compute_dtype
+from megakd.losses.signals import SPARSE_MODES, DenseSignal, SparseSignal
 
 
 @dataclass(frozen=True)
 class LossInputs:
-    """Checked inputs of one call; labels and token_weights are [n] on every tensor rank."""
+    """Checked inputs of one call; labels and token_weights are [n] on every tensor rank. `dtype` is that of logits."""
 
     objective: Objective
     kd_factor: float
     labels: Tensor
     token_weights: Tensor
-    signal: DenseSignal | None
+    signal: DenseSignal | SparseSignal | None
     chunk_rows: int
     sequence_parallel: bool
+    dtype: torch.dtype
 
-    def gather(self, hidden: Tensor, head: Tensor) -> DenseInputs:
-        """The inputs with all n rows of both models' hidden states."""
-        group = self.objective.shard.group if self.sequence_parallel else None
-        hidden, head = gather_sequence(hidden.detach(), group), head.detach()
-        if self.signal is None:
-            return DenseInputs(hidden, head, self.labels, None, None)
-        teacher_hidden = gather_sequence(self.signal.hidden.detach(), group)
-        return DenseInputs(hidden, head, self.labels, teacher_hidden, self.signal.head.detach())
+    def chunks(self) -> Iterator[slice]:
+        """The rows of each chunk."""
+        count = self.labels.shape[0]
+        for start in range(0, count, self.chunk_rows):
+            yield slice(start, min(start + self.chunk_rows, count))
+
+    @property
+    def sequence_group(self) -> ProcessGroup | None:
+        """The ranks that hidden states are spread over, if any."""
+        return self.objective.shard.group if self.sequence_parallel else None
 
 
 def build_inputs(
@@ -44,7 +47,7 @@ def build_inputs(
     student_head: Tensor,
     labels: Tensor,
     token_weights: Tensor,
-    signal: DenseSignal | None,
+    signal: DenseSignal | SparseSignal | None,
     *,
     kd_weight: float,
     ce_weight: float,
@@ -73,16 +76,20 @@ def build_inputs(
     teacher_form = build_logit_form("teacher", teacher_logit_scale, teacher_logit_softcap)
     if signal is None and kd_weight != 0.0:
         raise ValueError(f"kd_weight is {kd_weight} without a teacher signal; it must be 0 for cross-entropy alone.")
+    if isinstance(signal, SparseSignal):
+        teacher = teacher_temperature, teacher_logit_scale, teacher_logit_softcap
+        _check_sparse(signal, labels.shape[0], vocab_size, divergence, teacher)
     shard = build_shard(student_head.shape[0], vocab_size, tp_group)
     shards = shard.tp_size if sequence_parallel else 1
-    _check_shapes(student_hidden, student_head, labels, token_weights, signal, shards)
+    dense = signal if isinstance(signal, DenseSignal) else None
+    _check_shapes(student_hidden, student_head, labels, token_weights, dense, shards)
     _check_labels(labels, token_weights, vocab_size)
 
     tempered = 1.0 if signal is None else temperature
     kd_factor = kd_weight * tempered**2 if temperature_squared else kd_weight
     objective = Objective(
         shard,
-        None if signal is None else known,
+        None if dense is None else known,
         tempered,
         temperature if teacher_temperature is None else teacher_temperature,
         kd_factor / tempered,
@@ -90,16 +97,17 @@ def build_inputs(
         student_form,
         teacher_form,
     )
-    element_size = compute_dtype(student_hidden, *([] if signal is None else [signal.hidden])).itemsize
+    dtype = compute_dtype(student_hidden, *([] if dense is None else [dense.hidden]))
     rows = chunk_rows(
         labels.shape[0],
         shard.width,
         device_type=student_hidden.device.type,
         chunk_mib=chunk_mib,
-        element_size=element_size,
+        element_size=dtype.itemsize,
+        models=1 if dense is None else 2,
     )
     # A slice step of 0 is refused, also where there is nothing to step over.
-    return LossInputs(objective, kd_factor, labels, token_weights, signal, max(1, rows), sequence_parallel)
+    return LossInputs(objective, kd_factor, labels, token_weights, signal, max(1, rows), sequence_parallel, dtype)
 
 
 def _check_shapes(
@@ -126,6 +134,42 @@ def _check(tensor: Tensor, name: str, shape: list[int]) -> None:
 def _check_same_dtype(first_name: str, first: Tensor, second_name: str, second: Tensor) -> None:
     if first.dtype != second.dtype:
         raise ValueError(f"{first_name} is {first.dtype} and {second_name} {second.dtype}; cast one of them.")
+
+
+def _check_sparse(
+    signal: SparseSignal,
+    rows: int,
+    vocab_size: int,
+    divergence: str,
+    teacher: tuple[float | None, float, float | None],
+) -> None:
+    if signal.mode not in SPARSE_MODES:
+        raise ValueError(f"signal.mode is {signal.mode!r}; it must be one of: {', '.join(SPARSE_MODES)}.")
+    if divergence != "forward_kl":
+        raise ValueError(
+            f"divergence is {divergence!r} with a sparse signal; it must be forward_kl, since the others need the "
+            "teacher's probability of every id. Use a DenseSignal."
+        )
+    if teacher != (None, 1.0, None):
+        raise ValueError(
+            "teacher_temperature and the teacher's logit scale and softcap have no effect on a sparse signal, whose "
+            "probabilities already have theirs. Leave them out."
+        )
+    if signal.ids.dim() != 2 or signal.ids.shape[1] == 0 or signal.ids.dtype != torch.int64:
+        raise ValueError(f"signal.ids is {list(signal.ids.shape)} {signal.ids.dtype}; it must be [{rows}, k] int64.")
+    _check(signal.ids, "signal.ids", [rows, signal.ids.shape[1]])
+    _check(signal.probabilities, "signal.probabilities", list(signal.ids.shape))
+    if signal.entropy is not None:
+        if signal.mode != "sampled":
+            raise ValueError(f"signal.entropy has no effect in the mode {signal.mode}. Leave it out.")
+        _check(signal.entropy, "signal.entropy", [rows])
+    wrong = signal.ids >= vocab_size
+    rule = f"a sparse signal's ids must be below vocab_size {vocab_size}, the vocabulary that both models have"
+    if signal.ids.is_cuda:
+        torch._assert_async(~wrong.any(), rule)
+    elif wrong.any():
+        row, slot = wrong.nonzero()[0].tolist()
+        raise ValueError(f"id {int(signal.ids[row, slot])} in row {row}: {rule}. Drop it before the probabilities.")
 
 
 def _check_labels(labels: Tensor, token_weights: Tensor, vocab_size: int) -> None:

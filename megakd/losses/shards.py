@@ -22,6 +22,7 @@ class VocabularyShard:
     first_id: int
     width: int
     valid: int
+    vocab_size: int
 
     def mask_(self, logits: Tensor) -> None:
         """Give the padded columns of logits [c, v/tp] the sentinel."""
@@ -59,7 +60,9 @@ def build_shard(width: int, vocab_size: int, group: dist.ProcessGroup | None) ->
             f"vocab_size is {vocab_size}, but the heads have {tp_size} x {width} rows; it must be between 1 and "
             f"{tp_size * width}. Use the smaller of the two models' vocab_size."
         )
-    return VocabularyShard(group, tp_size, tp_rank, first_id, width, min(max(vocab_size - first_id, 0), width))
+    return VocabularyShard(
+        group, tp_size, tp_rank, first_id, width, min(max(vocab_size - first_id, 0), width), vocab_size
+    )
 
 
 def gather_sequence(hidden: Tensor, group: dist.ProcessGroup | None) -> Tensor:

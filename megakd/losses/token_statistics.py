@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megakd.losses.dense import DenseWork
 from megakd.losses.inputs import LossInputs, build_inputs
 from megakd.losses.rows import merge_sums
-from megakd.losses.shards import VocabularyShard, compute_dtype
-from megakd.losses.signals import DenseSignal, TokenStatistics
+from megakd.losses.shards import VocabularyShard, gather_sequence
+from megakd.losses.signals import DenseSignal, SparseSignal, TokenStatistics
+from megakd.losses.work import build_dense_work, build_work
 
 
 @torch.no_grad()
@@ -19,7 +19,7 @@ def token_statistics(
     student_head: Tensor,
     labels: Tensor,
     token_weights: Tensor,
-    signal: DenseSignal | None,
+    signal: DenseSignal | SparseSignal | None,
     *,
     vocab_size: int,
     temperature: float = 1.0,
@@ -64,26 +64,32 @@ def token_statistics(
         chunk_mib=chunk_mib,
     )
     count = labels.shape[0]
-    dtype = compute_dtype(student_hidden, *([] if signal is None else [signal.hidden]))
-    figures = torch.empty((3, count), dtype=dtype, device=student_hidden.device)
+    figures = torch.empty((3, count), dtype=inputs.dtype, device=student_hidden.device)
     agree = torch.empty(count, dtype=torch.bool, device=student_hidden.device)
-    _fill(inputs, student_hidden, student_head, figures, agree)
+    hidden, head = gather_sequence(student_hidden.detach(), inputs.sequence_group), student_head.detach()
+    fill = _fill_dense if isinstance(signal, DenseSignal) else _fill
+    fill(inputs, hidden, head, figures, agree)
     kd, ce, teacher_ce = figures.unbind()
-    if signal is None:
+    if not isinstance(signal, DenseSignal):
         return TokenStatistics(kd, ce, None, None)
     return TokenStatistics(kd, ce, teacher_ce, agree)
 
 
 def _fill(inputs: LossInputs, hidden: Tensor, head: Tensor, figures: Tensor, agree: Tensor) -> None:
+    """Write kd and ce to the first two of figures [3, n]."""
+    work = build_work(inputs, hidden, head)
+    for part in inputs.chunks():
+        figures[0, part], figures[1, part], _ = work.run(part, want_gradient=False)
+
+
+def _fill_dense(inputs: LossInputs, hidden: Tensor, head: Tensor, figures: Tensor, agree: Tensor) -> None:
     """Write kd, ce and teacher_ce to figures [3, n], and agree [n]."""
-    work = DenseWork(inputs.objective, inputs.gather(hidden, head), inputs.chunk_rows, figures.dtype)
-    shard, count = inputs.objective.shard, inputs.labels.shape[0]
-    for start in range(0, count, inputs.chunk_rows):
-        part = slice(start, min(start + inputs.chunk_rows, count))
+    work, shard = build_dense_work(inputs, hidden, head), inputs.objective.shard
+    for part in inputs.chunks():
         logits, teacher_logits = work.project(part)
-        if teacher_logits is not None:
-            agree[part] = _likeliest(shard, logits) == _likeliest(shard, teacher_logits)
-            figures[2, part] = _cross_entropy(shard, teacher_logits, inputs.labels[part], work.scratch[0])
+        assert teacher_logits is not None
+        agree[part] = _likeliest(shard, logits) == _likeliest(shard, teacher_logits)
+        figures[2, part] = _cross_entropy(shard, teacher_logits, inputs.labels[part], work.scratch[0])
         figures[0, part], figures[1, part], _ = work.reduce(part, want_gradient=False)
 
 

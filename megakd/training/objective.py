@@ -18,8 +18,8 @@ Batch = dict[str, Tensor]
 
 def describe_loss(distill: DistillSection, num_rows: int, local_vocab: int, device_type: str) -> str:
     """One line on the loss and the chunk of a microbatch's `num_rows` tokens that it works on at a time."""
-    rows = chunk_rows(num_rows, local_vocab, device_type=device_type, chunk_mib=distill.loss_chunk_mib)
     models = 1 if distill.kd_weight == 0 else 2
+    rows = chunk_rows(num_rows, local_vocab, device_type=device_type, chunk_mib=distill.loss_chunk_mib, models=models)
     parts = {distill.loss: distill.kd_weight, "cross-entropy": distill.ce_weight}
     name = " and ".join(part for part, weight in parts.items() if weight > 0)
     mebibytes = models * rows * local_vocab * 4 / 2**20

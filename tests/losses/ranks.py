@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megakd.losses import DenseSignal, TokenStatistics, distillation_loss, token_statistics
+from megakd.losses import DenseSignal, SparseSignal, TokenStatistics, distillation_loss, token_statistics
 from tests.losses.reference import Answer, Case
 
 LAYOUTS = [(1, False), (2, False), (2, True), (4, False), (4, True)]
@@ -28,8 +28,10 @@ def sharded_signal(case: Case, sequence_parallel: bool) -> DenseSignal | None:
     return DenseSignal(shard(case.teacher_hidden, sequence_parallel), shard(case.teacher_head))
 
 
-def fused_on_rank(case: Case, sequence_parallel: bool, chunk_mib: int = 1) -> Answer:
-    """The fused loss of this rank; gradients are this rank's."""
+def fused_on_rank(
+    case: Case, sequence_parallel: bool, chunk_mib: int = 1, signal: SparseSignal | None = None
+) -> Answer:
+    """The fused loss of this rank, against the case's teacher or a sparse signal; gradients are this rank's."""
     hidden = shard(case.hidden, sequence_parallel).requires_grad_()
     head = shard(case.head).requires_grad_()
     sums = distillation_loss(
@@ -37,7 +39,7 @@ def fused_on_rank(case: Case, sequence_parallel: bool, chunk_mib: int = 1) -> An
         head,
         case.labels,
         case.token_weights,
-        sharded_signal(case, sequence_parallel),
+        sharded_signal(case, sequence_parallel) if signal is None else signal,
         **case.settings(),
         tp_group=dist.group.WORLD,
         sequence_parallel=sequence_parallel,
@@ -48,13 +50,13 @@ def fused_on_rank(case: Case, sequence_parallel: bool, chunk_mib: int = 1) -> An
     return Answer(sums.total.detach(), sums.kd, sums.ce, hidden.grad, head.grad)
 
 
-def statistics_on_rank(case: Case, sequence_parallel: bool) -> TokenStatistics:
+def statistics_on_rank(case: Case, sequence_parallel: bool, signal: SparseSignal | None = None) -> TokenStatistics:
     return token_statistics(
         shard(case.hidden, sequence_parallel),
         shard(case.head),
         case.labels,
         case.token_weights,
-        sharded_signal(case, sequence_parallel),
+        sharded_signal(case, sequence_parallel) if signal is None else signal,
         **{k: v for k, v in case.settings().items() if k not in ("kd_weight", "ce_weight", "temperature_squared")},
         tp_group=dist.group.WORLD,
         sequence_parallel=sequence_parallel,
@@ -62,9 +64,15 @@ def statistics_on_rank(case: Case, sequence_parallel: bool) -> TokenStatistics:
     )
 
 
-def fused(run_ranks: Callable[..., list[Any]], case: Case, tp_size: int, sequence_parallel: bool) -> Answer:
+def fused(
+    run_ranks: Callable[..., list[Any]],
+    case: Case,
+    tp_size: int,
+    sequence_parallel: bool,
+    signal: SparseSignal | None = None,
+) -> Answer:
     """The fused loss over `tp_size` ranks with whole gradients, after checking that the ranks agree."""
-    answers = run_ranks(tp_size, fused_on_rank, case, sequence_parallel)
+    answers = run_ranks(tp_size, fused_on_rank, case, sequence_parallel, 1, signal)
     for answer in answers[1:]:
         assert torch.equal(answer.total, answers[0].total)
         assert torch.equal(answer.kd, answers[0].kd) and torch.equal(answer.ce, answers[0].ce)

@@ -12,16 +12,18 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from megakd.losses import chunk_rows
+from megakd.losses import SparseSignal, chunk_rows
 from megakd.losses.divergences import DIVERGENCES
+from megakd.losses.signals import SPARSE_MODES
 from tests.losses.ranks import fused_on_rank
 from tests.losses.reference import Case, make_case
+from tests.losses.sparse_reference import make_signal
 
 COMMUNICATES = ("gather", "reduce", "scatter", "alltoall", "all_to_all", "broadcast", "send", "recv", "barrier")
 ROWS, STUDENT_WIDTH, TEACHER_WIDTH = 300, 24, 40
 
 
-def recorded(case: Case, sequence_parallel: bool) -> list[tuple[str, int]]:
+def recorded(case: Case, sequence_parallel: bool, signal: SparseSignal | None = None) -> list[tuple[str, int]]:
     """(method of the process group, bytes of the tensors in its call) in order, on this rank."""
     calls: list[tuple[str, int]] = []
 
@@ -40,7 +42,7 @@ def recorded(case: Case, sequence_parallel: bool) -> list[tuple[str, int]]:
     for patch in patches:
         patch.start()
     try:
-        fused_on_rank(case, sequence_parallel)
+        fused_on_rank(case, sequence_parallel, 1, signal)
     finally:
         for patch in patches:
             patch.stop()
@@ -68,9 +70,25 @@ def test_one_gather_per_chunk_and_one_sum_for_mixtures(run_ranks, divergence, se
     else:
         expected.update(sums=1, summed=gradient)
     for calls in run_ranks(tp_size, recorded, case, sequence_parallel):
-        actual: Counter[str] = Counter()
-        for name, size in calls:
-            kind = "scatter" if "scatter" in name else "gather" if "gather" in name else "sum"
-            assert kind != "sum" or name.startswith("allreduce"), name
-            actual.update({f"{kind}s": 1, {"scatter": "scattered", "gather": "gathered", "sum": "summed"}[kind]: size})
-        assert actual == expected
+        assert counted(calls) == expected
+
+
+@pytest.mark.parametrize("mode", SPARSE_MODES)
+@pytest.mark.parametrize("k", [1, 40])
+@pytest.mark.parametrize("padded", [4160, 5120])
+def test_one_gather_per_chunk_for_sparse_signals(run_ranks, mode, k, padded):
+    case = make_case(42, rows=ROWS, padded=padded, vocab_size=padded - 3, dtype=torch.float32)
+    chunks = -(-ROWS // chunk_rows(ROWS, padded // 2, chunk_mib=1, models=1))
+    expected = Counter(gathers=chunks, gathered=8 * ROWS * 4 * 3, sums=1, summed=ROWS * STUDENT_WIDTH * 4)
+    for calls in run_ranks(2, recorded, case, False, make_signal(case, mode, k)):
+        assert counted(calls) == expected
+
+
+def counted(calls: list[tuple[str, int]]) -> Counter[str]:
+    """Calls and bytes by kind."""
+    actual: Counter[str] = Counter()
+    for name, size in calls:
+        kind = "scatter" if "scatter" in name else "gather" if "gather" in name else "sum"
+        assert kind != "sum" or name.startswith("allreduce"), name
+        actual.update({f"{kind}s": 1, {"scatter": "scattered", "gather": "gathered", "sum": "summed"}[kind]: size})
+    return actual

@@ -51,4 +51,4 @@ def test_the_chunk_is_told_in_one_line():
         "loss forward_kl and cross-entropy: chunks of 512 of 4,096 tokens x 16,000 columns, 62.5 MiB"
     )
     alone = describe_loss(DistillSection(kd_weight=0.0, ce_weight=1.0, loss_chunk_mib=16), 4096, 16000, "cpu")
-    assert alone.startswith("loss cross-entropy: chunks of 128 of 4,096 tokens x 16,000 columns, 7.8 MiB")
+    assert alone.startswith("loss cross-entropy: chunks of 256 of 4,096 tokens x 16,000 columns, 15.6 MiB")

@@ -1,0 +1,42 @@
+"""Which code works on the chunks of a call."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from megakd.losses.dense import DenseInputs, DenseWork
+from megakd.losses.inputs import LossInputs
+from megakd.losses.shards import gather_sequence
+from megakd.losses.signals import SparseSignal
+from megakd.losses.sparse import SparseWork, build_target
+
+
+class ChunkWork(Protocol):
+    """Losses and gradients of rows, in memory for one chunk of them."""
+
+    def run(self, part: slice, want_gradient: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """kd and ce of the rows `part`, [c] each, over the whole vocabulary; and where wanted the gradient by
+        hidden @ head^T of tokens of weight 1, [c, v/tp], in memory that the next call reuses.
+        """
+
+
+def build_work(inputs: LossInputs, hidden: Tensor, head: Tensor) -> ChunkWork:
+    """The work on a call's chunks; hidden [n, h] and head [v/tp, h] are the student's, detached."""
+    if isinstance(inputs.signal, SparseSignal):
+        target = build_target(inputs.signal, inputs.objective.shard.vocab_size, inputs.dtype)
+        return SparseWork(inputs.objective, hidden, head, inputs.labels, target, inputs.chunk_rows)
+    return build_dense_work(inputs, hidden, head)
+
+
+def build_dense_work(inputs: LossInputs, hidden: Tensor, head: Tensor) -> DenseWork:
+    """The work against whole distributions, or on the cross-entropy alone, in torch."""
+    signal = inputs.signal
+    assert not isinstance(signal, SparseSignal)
+    if signal is None:
+        dense = DenseInputs(hidden, head, inputs.labels, None, None)
+        return DenseWork(inputs.objective, dense, inputs.chunk_rows, inputs.dtype)
+    teacher_hidden = gather_sequence(signal.hidden.detach(), inputs.sequence_group)
+    dense = DenseInputs(hidden, head, inputs.labels, teacher_hidden, signal.head.detach())
+    return DenseWork(inputs.objective, dense, inputs.chunk_rows, inputs.dtype)
