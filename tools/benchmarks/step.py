@@ -16,32 +16,22 @@ from collections.abc import Callable
 
 import measure
 import torch
+import torch.nn.functional as F
+from pair import Batch, build_pair, platform, random_batches
 
-from megakd.platform import build_platform, init_distributed
-
-platform = build_platform()
-
-import torch.nn.functional as F  # noqa: E402  megatron-core may be imported only after the platform is built
-
-from megakd.config.architecture import GPTArchitecture  # noqa: E402
-from megakd.config.schema import DistillSection, OptimizerSection  # noqa: E402
-from megakd.losses import DenseSignal  # noqa: E402
-from megakd.models.gpt import build_gpt  # noqa: E402
-from megakd.parallel.mesh import GroupPool, build_model_mesh  # noqa: E402
-from megakd.parallel.pipeline import run_pipeline  # noqa: E402
-from megakd.parallel.random_state import seed_megatron  # noqa: E402
-from megakd.teacher import OnlineTeacher  # noqa: E402
-from megakd.training.build import Student, build_adam, wrap_data_parallel  # noqa: E402
-from megakd.training.objective import Objective  # noqa: E402
-from megakd.training.step import train_step  # noqa: E402
+from megakd.config.architecture import GPTArchitecture
+from megakd.config.schema import DistillSection
+from megakd.losses import DenseSignal
+from megakd.parallel.pipeline import run_pipeline
+from megakd.teacher import OnlineTeacher
+from megakd.training.build import Student
+from megakd.training.objective import Objective
+from megakd.training.step import train_step
 
 
 def main() -> None:
     arguments = _arguments()
-    init_distributed(platform)
     dtype = torch.float32 if arguments.dtype == "fp32" else torch.bfloat16
-    mesh = build_model_mesh(GroupPool())
-    seed_megatron(1, mesh)
 
     def architecture(hidden: int) -> GPTArchitecture:
         return GPTArchitecture(
@@ -51,18 +41,10 @@ def main() -> None:
             max_position_embeddings=arguments.sequence,
         )  # fmt: skip
 
-    optimizer_settings = OptimizerSection(lr=1e-4)
-    small, large = architecture(arguments.student_hidden), architecture(arguments.teacher_hidden)
-    model = build_gpt(small, mesh, dtype=dtype, layer_spec="local", seed=1)
-    student = Student(wrap_data_parallel(model, mesh, optimizer_settings), small, mesh, sequence_parallel=False)
-    optimizer = build_adam(student, optimizer_settings, dtype)
-    guide = build_gpt(large, mesh, dtype=dtype, layer_spec="local", seed=2)
-    assert guide.output_layer is not None
-    head = guide.output_layer.weight.detach()
-    guide.drop_head()
-    teacher = OnlineTeacher(guide, mesh, head)
-    batches = _batches(arguments)
-    objective = Objective(DistillSection(), arguments.vocab, mesh.groups.tp, sequence_parallel=False)
+    pair = build_pair(architecture(arguments.student_hidden), architecture(arguments.teacher_hidden), dtype)
+    student, optimizer, teacher = pair.student, pair.optimizer, pair.teacher
+    batches = random_batches(arguments.vocab, arguments.sequence, arguments.tokens // arguments.sequence)
+    objective = Objective(DistillSection(), arguments.vocab, pair.mesh.groups.tp, sequence_parallel=False)
 
     def distil() -> None:
         train_step(student, teacher, objective, optimizer, batches, 1e-4, platform)
@@ -111,7 +93,9 @@ def _plain_distillation(hidden, head, signal: DenseSignal, labels):  # type: ign
     return kd + 0.0 * F.cross_entropy(z, labels, reduction="sum")
 
 
-def _loss_memory(student: Student, teacher: OnlineTeacher, objective: Objective, batches) -> dict[str, float]:  # type: ignore[no-untyped-def]
+def _loss_memory(
+    student: Student, teacher: OnlineTeacher, objective: Objective, batches: list[Batch]
+) -> dict[str, float]:
     """Peak bytes of the loss part alone, gradients included, from the same hidden states."""
     signal = teacher.signals(batches[:1])[0]
     assert signal is not None
@@ -144,19 +128,6 @@ def _loss_memory(student: Student, teacher: OnlineTeacher, objective: Objective,
         "plain_loss_peak_mib": peaks["plain"] / 2**20,
         "peak_ratio": peaks["fused"] / peaks["plain"],
     }
-
-
-def _batches(arguments: argparse.Namespace) -> list[dict[str, torch.Tensor]]:
-    generator = torch.Generator().manual_seed(0)
-    b = arguments.tokens // arguments.sequence
-    text = torch.randint(arguments.vocab, (b, arguments.sequence + 1), generator=generator).to(platform.device)
-    tokens = text[:, :-1].contiguous()
-    return [{
-        "tokens": tokens,
-        "labels": text[:, 1:].contiguous(),
-        "loss_mask": torch.ones(tokens.shape, device=platform.device),
-        "position_ids": torch.arange(arguments.sequence, device=platform.device).expand(b, -1),
-    }]  # fmt: skip
 
 
 def _arguments() -> argparse.Namespace:
