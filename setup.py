@@ -22,7 +22,15 @@ INSTALL_REQUIRES = [
     "tensorboard>=2.16",
     "matplotlib>=3.8",
 ]
-DEV_REQUIRES = ["pytest>=8.0", "hypothesis>=6.100", "ruff>=0.12", "mypy>=1.15", "types-PyYAML>=6.0"]
+DEV_REQUIRES = [
+    "pytest>=8.0",
+    "hypothesis>=6.100",
+    "ruff>=0.12",
+    "mypy>=1.15",
+    "types-PyYAML>=6.0",
+    # Comes with CUDA builds of torch; here to run the kernels in its interpreter.
+    "triton>=3.6",
+]
 # NVIDIA Apex (fused Adam and norms) is installed from NVIDIA's source repository: the package called `apex` on PyPI
 # is another project.
 GPU_REQUIRES = ["transformer-engine[pytorch]>=2.0"]

@@ -18,6 +18,7 @@ from torch import Tensor
 class Divergence:
     """One divergence in one round of statistics (`merge` is given) or in two (`evaluate` is).
 
+    teacher_share: of the mixture that jsd and the skews compare with; without meaning to the others.
     reduce(z, u, scratch, in_place, z_total, u_total, weighted): first round over z, u, scratch [r, v/tp]. Writes
         sum e^z, sum e^u and a sum of its own, [r, 1] each. Turns z into e^z where `in_place` is set, leaves it else.
     merge(mean, z_shift, u_shift, z_log_sum, u_log_sum) -> (loss, mine) [c], [tp, c]: of all ranks, [tp, c]: mean is
@@ -30,10 +31,12 @@ class Divergence:
     and the gradient is q (h + offset), with the offset from `merge`, or - sum q h.
     """
 
+    name: str
     reduce: Callable[[Tensor, Tensor, Tensor, bool, Tensor, Tensor, Tensor], None]
     merge: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
     evaluate: Callable[[Tensor, Tensor, Tensor, list[Tensor], Tensor, Tensor], None] | None = None
     separable: bool = False
+    teacher_share: float = 0.5
 
 
 def get_divergence(name: str, *, jsd_beta: float | None = None, skew_alpha: float | None = None) -> Divergence:
@@ -129,7 +132,7 @@ def _build_jsd(beta: float) -> Divergence:
         _row_sums(torch.mul(p, q, out=spares[0]), mean)
         loss.mul_(beta).add_(mean)
 
-    return Divergence(_reduce_totals, evaluate=evaluate)
+    return Divergence("jsd", _reduce_totals, evaluate=evaluate, teacher_share=beta)
 
 
 def _build_skew_forward_kl(alpha: float) -> Divergence:
@@ -140,7 +143,7 @@ def _build_skew_forward_kl(alpha: float) -> Divergence:
         torch.exp(log_ratio, out=p).mul_(alpha - 1.0)
         _row_sums(torch.mul(p, q, out=spares[1]), mean)
 
-    return Divergence(_reduce_totals, evaluate=evaluate)
+    return Divergence("skew_forward_kl", _reduce_totals, evaluate=evaluate, teacher_share=alpha)
 
 
 def _build_skew_reverse_kl(alpha: float) -> Divergence:
@@ -151,7 +154,7 @@ def _build_skew_reverse_kl(alpha: float) -> Divergence:
         torch.sub(log_ratio, torch.exp(log_ratio, out=spares[0]), alpha=alpha, out=p)
         _row_sums(torch.mul(p, q, out=spares[1]), mean)
 
-    return Divergence(_reduce_totals, evaluate=evaluate)
+    return Divergence("skew_reverse_kl", _reduce_totals, evaluate=evaluate, teacher_share=1.0 - alpha)
 
 
 def _evaluate_tvd(t: Tensor, p: Tensor, q: Tensor, spares: list[Tensor], loss: Tensor, mean: Tensor) -> None:
@@ -163,10 +166,10 @@ def _evaluate_tvd(t: Tensor, p: Tensor, q: Tensor, spares: list[Tensor], loss: T
 
 # Functions of jsd's beta or the skew's alpha, which the others ignore.
 DIVERGENCES: dict[str, Callable[[float], Divergence]] = {
-    "forward_kl": lambda _: Divergence(_reduce_forward_kl, merge=_merge_forward_kl, separable=True),
-    "reverse_kl": lambda _: Divergence(_reduce_reverse_kl, merge=_merge_reverse_kl),
+    "forward_kl": lambda _: Divergence("forward_kl", _reduce_forward_kl, merge=_merge_forward_kl, separable=True),
+    "reverse_kl": lambda _: Divergence("reverse_kl", _reduce_reverse_kl, merge=_merge_reverse_kl),
     "jsd": _build_jsd,
     "skew_forward_kl": _build_skew_forward_kl,
     "skew_reverse_kl": _build_skew_reverse_kl,
-    "tvd": lambda _: Divergence(_reduce_totals, evaluate=_evaluate_tvd),
+    "tvd": lambda _: Divergence("tvd", _reduce_totals, evaluate=_evaluate_tvd),
 }

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megakd.losses.dense import DenseWork
 from megakd.losses.inputs import LossInputs, build_inputs
 from megakd.losses.rows import merge_sums
 from megakd.losses.shards import VocabularyShard, gather_sequence
 from megakd.losses.signals import DenseSignal, SparseSignal, TokenStatistics
-from megakd.losses.work import build_dense_work, build_work
+from megakd.losses.work import build_work, gather_dense
 
 
 @torch.no_grad()
@@ -84,7 +85,9 @@ def _fill(inputs: LossInputs, hidden: Tensor, head: Tensor, figures: Tensor, agr
 
 def _fill_dense(inputs: LossInputs, hidden: Tensor, head: Tensor, figures: Tensor, agree: Tensor) -> None:
     """Write kd, ce and teacher_ce to figures [3, n], and agree [n]."""
-    work, shard = build_dense_work(inputs, hidden, head), inputs.objective.shard
+    # In torch on every device: the kernels leave no masked logits to compare.
+    work = DenseWork(inputs.objective, gather_dense(inputs, hidden, head), inputs.chunk_rows, inputs.dtype)
+    shard = inputs.objective.shard
     for part in inputs.chunks():
         logits, teacher_logits = work.project(part)
         assert teacher_logits is not None

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from megakd.losses.dense import DenseInputs, DenseWork
 from megakd.losses.inputs import LossInputs
+from megakd.losses.kernels import kernels_available
 from megakd.losses.shards import gather_sequence
 from megakd.losses.signals import SparseSignal
 from megakd.losses.sparse import SparseWork, build_target
@@ -27,16 +29,20 @@ def build_work(inputs: LossInputs, hidden: Tensor, head: Tensor) -> ChunkWork:
     if isinstance(inputs.signal, SparseSignal):
         target = build_target(inputs.signal, inputs.objective.shard.vocab_size, inputs.dtype)
         return SparseWork(inputs.objective, hidden, head, inputs.labels, target, inputs.chunk_rows)
-    return build_dense_work(inputs, hidden, head)
+    dense = gather_dense(inputs, hidden, head)
+    if kernels_available(hidden.device) and inputs.dtype == torch.float32:
+        # Triton is imported only where its kernels run.
+        from megakd.losses.kernels.work import TritonWork
+
+        return TritonWork(inputs.objective, dense, inputs.chunk_rows)
+    return DenseWork(inputs.objective, dense, inputs.chunk_rows, inputs.dtype)
 
 
-def build_dense_work(inputs: LossInputs, hidden: Tensor, head: Tensor) -> DenseWork:
-    """The work against whole distributions, or on the cross-entropy alone, in torch."""
+def gather_dense(inputs: LossInputs, hidden: Tensor, head: Tensor) -> DenseInputs:
+    """What a call against whole distributions, or on the cross-entropy alone, works on."""
     signal = inputs.signal
     assert not isinstance(signal, SparseSignal)
     if signal is None:
-        dense = DenseInputs(hidden, head, inputs.labels, None, None)
-        return DenseWork(inputs.objective, dense, inputs.chunk_rows, inputs.dtype)
+        return DenseInputs(hidden, head, inputs.labels, None, None)
     teacher_hidden = gather_sequence(signal.hidden.detach(), inputs.sequence_group)
-    dense = DenseInputs(hidden, head, inputs.labels, teacher_hidden, signal.head.detach())
-    return DenseWork(inputs.objective, dense, inputs.chunk_rows, inputs.dtype)
+    return DenseInputs(hidden, head, inputs.labels, teacher_hidden, signal.head.detach())
