@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megakd.losses import DenseSignal
+from megakd.losses import DenseSignal, distillation_loss
 from megakd.losses.dense import DenseInputs
 from megakd.losses.inputs import build_inputs
 from megakd.losses.objective import Objective
 from megakd.losses.rows import MergedRows
 from megakd.losses.shards import VocabularyShard, build_shard
-from tests.losses.reference import Case, relative, token_losses
+from tests.losses.reference import Answer, Case, relative, token_losses
 
 BLOCK = 32  # several blocks per row, and lanes of the last that no column is left for
 
@@ -226,3 +227,16 @@ def on_gloo(case: Case, rank: int, path: str) -> Tokens:
         return by_work(case, dist.group.WORLD)
     finally:
         dist.destroy_process_group()
+
+
+def by_loss(case: Case) -> Answer:
+    """A case by distillation_loss, as where there is a GPU."""
+    from megakd.losses import work
+
+    hidden, head = case.hidden.clone().requires_grad_(), case.head.clone().requires_grad_()
+    with mock.patch.object(work, "kernels_available", lambda device: True):
+        sums = distillation_loss(
+            hidden, head, case.labels, case.token_weights, signal_of(case), **case.settings(), chunk_mib=1
+        )
+        sums.total.backward()
+    return Answer(sums.total.detach(), sums.kd, sums.ce, hidden.grad, head.grad)

@@ -25,6 +25,7 @@ from tests.losses.kernel_cases import (
     assert_rounded,
     assert_tokens,
     by_hand,
+    by_loss,
     by_work,
     extreme_case,
     figures_of,
@@ -36,7 +37,8 @@ from tests.losses.kernel_cases import (
     softcapped_label_logits,
     without_gradient,
 )
-from tests.losses.reference import Case, relative
+from tests.losses.reference import Case, make_case, relative, solve
+from tests.losses.test_distillation import assert_close
 
 # Only workers import triton: what it makes of a kernel is settled by the environment when it is first imported.
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -87,6 +89,14 @@ def test_losses_and_gradients_equal_the_definition(submit, divergence):
 def test_cross_entropy_without_a_teacher(submit, settings):
     case = logit_case(2, with_teacher=False, kd_weight=0.0, ce_weight=1.5, **settings)
     assert_tokens(case, submit(by_work, case).result())
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "tvd"])
+def test_the_loss_with_kernels_equals_the_definition(submit, divergence):
+    case = make_case(
+        17, rows=9, padded=560, vocab_size=551, dtype=torch.float32, divergence=divergence, temperature=2.0
+    )
+    assert_close(submit(by_loss, case).result(), solve(case), 2e-6)
 
 
 @over_divergences
