@@ -94,7 +94,7 @@ class DistillSection(Section):
     )
     temperature_squared: bool = Field(default=True, description="Multiply the divergence by `temperature` squared.")
     loss_chunk_mib: int | None = Field(
-        default=None, gt=0, description="Memory for a chunk of logits, MiB; 64 on CPU and 1024 on GPU where not given."
+        default=None, gt=0, description="Memory for a chunk of logits, MiB; 96 on CPU and 1024 on GPU where not given."
     )
 
 

@@ -10,12 +10,13 @@ from megakd.losses import chunk_rows
 @pytest.mark.parametrize(
     ("num_rows", "local_vocab", "options", "expected"),
     [
-        (2048, 32000, {}, 256),  # 64 MiB / 256,000 bytes = 262
+        (2048, 32000, {}, 384),  # 96 MiB / 256,000 bytes = 393
+        (2048, 32000, {"models": 1}, 768),  # 96 MiB / 128,000 bytes = 786
         (8192, 128256, {"device_type": "cuda"}, 1024),  # 1 GiB / 1,026,048 bytes = 1046
         (8192, 128256, {"chunk_mib": 1024}, 1024),
-        (2048, 32000, {"element_size": 8}, 128),  # 131
-        (2048, 8000, {}, 1024),  # 1048
-        (2048, 256000, {}, 128),  # 32, below the floor
+        (2048, 32000, {"element_size": 8}, 128),  # 196
+        (2048, 8000, {}, 1536),  # 1572
+        (2048, 256000, {}, 128),  # 49, below the floor
         (100, 256000, {}, 100),
         (300, 1000, {}, 300),
         (0, 1000, {}, 0),

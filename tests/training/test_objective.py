@@ -45,10 +45,10 @@ def test_the_loss_is_the_one_that_is_named(run_ranks, keys):
 
 
 def test_the_chunk_is_told_in_one_line():
-    assert "62.5 MiB" in describe_loss(DistillSection(), 4096, 16000, "cpu")
+    assert "93.8 MiB" in describe_loss(DistillSection(), 4096, 16000, "cpu")
     plain = describe_loss(DistillSection(ce_weight=0.5), 4096, 16000, "cpu")
     assert plain.startswith(
-        "loss forward_kl and cross-entropy: chunks of 512 of 4,096 tokens x 16,000 columns, 62.5 MiB"
+        "loss forward_kl and cross-entropy: chunks of 768 of 4,096 tokens x 16,000 columns, 93.8 MiB"
     )
     alone = describe_loss(DistillSection(kd_weight=0.0, ce_weight=1.0, loss_chunk_mib=16), 4096, 16000, "cpu")
     assert alone.startswith("loss cross-entropy: chunks of 256 of 4,096 tokens x 16,000 columns, 15.6 MiB")
