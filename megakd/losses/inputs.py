@@ -14,7 +14,8 @@ from megakd.losses.divergences import get_divergence
 from megakd.losses.logit_form import build_logit_form
 from megakd.losses.objective import Objective
 from megakd.losses.shards import build_shard, compute_dtype
-from megakd.losses.signals import SPARSE_MODES, DenseSignal, SparseSignal
+from megakd.losses.signals import DenseSignal, SparseSignal
+from megakd.losses.sparse_inputs import check_shape, check_sparse
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def build_inputs(
         raise ValueError(f"kd_weight is {kd_weight} without a teacher signal; it must be 0 for cross-entropy alone.")
     if isinstance(signal, SparseSignal):
         teacher = teacher_temperature, teacher_logit_scale, teacher_logit_softcap
-        _check_sparse(signal, labels.shape[0], vocab_size, divergence, teacher)
+        check_sparse(signal, token_weights, vocab_size, divergence, teacher)
     shard = build_shard(student_head.shape[0], vocab_size, tp_group)
     shards = shard.tp_size if sequence_parallel else 1
     dense = signal if isinstance(signal, DenseSignal) else None
@@ -114,62 +115,21 @@ def _check_shapes(
     hidden: Tensor, head: Tensor, labels: Tensor, token_weights: Tensor, signal: DenseSignal | None, shards: int
 ) -> None:
     rows = labels.shape[0]
-    _check(labels, "labels", [rows])
-    _check(token_weights, "token_weights", [rows])
+    check_shape(labels, "labels", [rows])
+    check_shape(token_weights, "token_weights", [rows])
     if rows % shards:
         raise ValueError(f"labels has {rows} rows; sequence parallelism wants a multiple of the {shards} tensor ranks.")
-    _check(hidden, "student_hidden", [rows // shards, head.shape[-1]])
+    check_shape(hidden, "student_hidden", [rows // shards, head.shape[-1]])
     if signal is not None:
-        _check(signal.head, "signal.head", [head.shape[0], signal.head.shape[-1]])
-        _check(signal.hidden, "signal.hidden", [rows // shards, signal.head.shape[-1]])
+        check_shape(signal.head, "signal.head", [head.shape[0], signal.head.shape[-1]])
+        check_shape(signal.hidden, "signal.hidden", [rows // shards, signal.head.shape[-1]])
         _check_same_dtype("signal.hidden", signal.hidden, "signal.head", signal.head)
     _check_same_dtype("student_hidden", hidden, "student_head", head)
-
-
-def _check(tensor: Tensor, name: str, shape: list[int]) -> None:
-    if list(tensor.shape) != shape:
-        raise ValueError(f"{name} is {list(tensor.shape)}; it must be {shape} to fit the labels and the heads.")
 
 
 def _check_same_dtype(first_name: str, first: Tensor, second_name: str, second: Tensor) -> None:
     if first.dtype != second.dtype:
         raise ValueError(f"{first_name} is {first.dtype} and {second_name} {second.dtype}; cast one of them.")
-
-
-def _check_sparse(
-    signal: SparseSignal,
-    rows: int,
-    vocab_size: int,
-    divergence: str,
-    teacher: tuple[float | None, float, float | None],
-) -> None:
-    if signal.mode not in SPARSE_MODES:
-        raise ValueError(f"signal.mode is {signal.mode!r}; it must be one of: {', '.join(SPARSE_MODES)}.")
-    if divergence != "forward_kl":
-        raise ValueError(
-            f"divergence is {divergence!r} with a sparse signal; it must be forward_kl, since the others need the "
-            "teacher's probability of every id. Use a DenseSignal."
-        )
-    if teacher != (None, 1.0, None):
-        raise ValueError(
-            "teacher_temperature and the teacher's logit scale and softcap have no effect on a sparse signal, whose "
-            "probabilities already have theirs. Leave them out."
-        )
-    if signal.ids.dim() != 2 or signal.ids.shape[1] == 0 or signal.ids.dtype != torch.int64:
-        raise ValueError(f"signal.ids is {list(signal.ids.shape)} {signal.ids.dtype}; it must be [{rows}, k] int64.")
-    _check(signal.ids, "signal.ids", [rows, signal.ids.shape[1]])
-    _check(signal.probabilities, "signal.probabilities", list(signal.ids.shape))
-    if signal.entropy is not None:
-        if signal.mode != "sampled":
-            raise ValueError(f"signal.entropy has no effect in the mode {signal.mode}. Leave it out.")
-        _check(signal.entropy, "signal.entropy", [rows])
-    wrong = signal.ids >= vocab_size
-    rule = f"a sparse signal's ids must be below vocab_size {vocab_size}, the vocabulary that both models have"
-    if signal.ids.is_cuda:
-        torch._assert_async(~wrong.any(), rule)
-    elif wrong.any():
-        row, slot = wrong.nonzero()[0].tolist()
-        raise ValueError(f"id {int(signal.ids[row, slot])} in row {row}: {rule}. Drop it before the probabilities.")
 
 
 def _check_labels(labels: Tensor, token_weights: Tensor, vocab_size: int) -> None:

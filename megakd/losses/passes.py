@@ -33,18 +33,18 @@ def scratch_count(objective: Objective) -> int:
 
 
 def reduce_block(objective: Objective, block: Block, figures: Sequence[Tensor]) -> None:
-    """Write this rank's figures, each [r, 1]: the reference of x = z/T, sum e^(x - reference),
-    sum e^(T (x - reference)); with a teacher also the reference of u and the two sums of its divergence.
+    """Write this rank's figures, each [r, 1]: the reference of z, and with x = (z - reference) / T sum e^x and
+    sum e^(T x); with a teacher also the reference of u and the two sums of its divergence.
 
-    Leaves x - reference for z, exponentiated unless `keeps_logits`, and for u what the divergence leaves.
+    Leaves x for z, exponentiated unless `keeps_logits`, and for u what the divergence leaves.
     """
     z, scratch, temperature, divergence = block.z, block.scratch[0], objective.temperature, objective.divergence
     in_place = not (objective.keeps_logits or objective.second_round)
-    _shift(z, temperature, figures[0], max(1.0, temperature))
+    _shift(z, temperature, figures[0], max(1.0, 1.0 / temperature))
     if temperature != 1.0:
         torch.sum(torch.mul(z, temperature, out=scratch).exp_(), 1, keepdim=True, out=figures[2])
     if block.u is not None and divergence is not None:
-        _shift(block.u, objective.teacher_temperature, figures[3], 1.0)
+        _shift(block.u, objective.teacher_temperature, figures[3], 1.0 / objective.teacher_temperature)
         divergence.reduce(z, block.u, scratch, in_place, figures[1], figures[4], figures[5])
     else:
         torch.sum(z.exp_() if in_place else torch.exp(z, out=scratch), 1, keepdim=True, out=figures[1])
@@ -101,7 +101,7 @@ def _write_from_logits(objective: Objective, block: Block, scale: float, factors
     part, divergence, temperature = block.part, objective.divergence, objective.temperature
     kd, ce, form = objective.kd_slope * scale, objective.ce_weight * scale, objective.student_form
     if form.softcap is not None:
-        form.softcap_slope(block.z, temperature, temperature * factors.reference[part], block.scratch[-1])
+        form.softcap_slope(block.z, temperature, factors.reference[part], block.scratch[-1])
     cross_entropy = block.scratch[0]
     torch.add(factors.cross_entropy_shift[part], block.z, alpha=temperature, out=cross_entropy).exp_().mul_(ce)
     if divergence is None or block.u is None or kd == 0.0:
@@ -116,13 +116,13 @@ def _write_from_logits(objective: Objective, block: Block, scale: float, factors
 
 
 def _shift(logits: Tensor, temperature: float, reference: Tensor, largest_factor: float) -> None:
-    """Divide logits [r, v/tp] by the temperature and take a reference [r, 1] off, in place: their maximum, or 0 where
-    e^(largest_factor * logits) is in range as it is (not on GPU, where to ask would wait for the device).
+    """Take a reference [r, 1] off logits [r, v/tp] and divide by the temperature, in place. It is their maximum, or 0
+    where e^(largest_factor * logits) is in range as it is (not on GPU, where to ask would wait for the device).
     """
-    if temperature != 1.0:
-        logits.mul_(1.0 / temperature)
     torch.amax(logits, 1, keepdim=True, out=reference)
     if not logits.is_cuda and reference.abs().max().item() * largest_factor <= _UNSHIFTED:
         reference.zero_()
     else:
         logits.sub_(reference)
+    if temperature != 1.0:
+        logits.mul_(1.0 / temperature)

@@ -52,11 +52,11 @@ def build_target(signal: SparseSignal, vocab_size: int, dtype: torch.dtype) -> S
 
 @dataclass(frozen=True)
 class _Entries:
-    """Some columns per row, [c, k] each: where they are in this shard, whether they are, and x = z/T there."""
+    """Some columns per row, [c, k] each: where they are in this shard, whether they are, and the logits z there."""
 
     columns: Tensor
     held: Tensor
-    x: Tensor
+    z: Tensor
 
 
 class SparseWork:
@@ -83,8 +83,6 @@ class SparseWork:
         project_(x, self.hidden[part], self.head)
         objective.student_form.apply_(x)
         shard.mask_(x)
-        if objective.temperature != 1.0:
-            x.mul_(1.0 / objective.temperature)
         label = self._entries(x, self.labels[part].unsqueeze(1))
         entries = self._entries(x, self.target.ids[part])
         # Adding the sentinel swallows what was there, and adding 0 leaves columns that stand for another rank's ids.
@@ -109,9 +107,9 @@ class SparseWork:
         return [(part, list(self.scratch[:, : part.stop - part.start].unbind())) for part in parts]
 
     def _reduce(self, x: Tensor, entries: _Entries, label: _Entries, p: Tensor) -> Tensor:
-        """This rank's figures [8, c]: the label's logit; the outside's reference and ln sum e^(x - reference); a
-        reference of all columns, ln sum e^(x - reference), ln sum e^(T (x - reference)); sum p and
-        sum p (x - reference) of the ids. Leaves x - reference of the outside in x, exponentiated unless kept.
+        """This rank's figures [8, c]: the label's logit; the outside's reference and with x = (z - reference) / T
+        ln sum e^x; a reference of all columns, ln sum e^x and ln sum e^(T x) of them; sum p and sum p x of the ids.
+        Leaves x of the outside in the place of its logits, exponentiated unless kept.
         """
         temperature = self.objective.temperature
         outside = x.new_empty((3, len(x), 1))
@@ -119,21 +117,23 @@ class SparseWork:
         for part, scratch in self._blocks(x):
             torch.amax(x[part], 1, keepdim=True, out=reference[part])
             block = x[part].sub_(reference[part])
+            if temperature != 1.0:
+                block.mul_(1.0 / temperature)
             powers = torch.exp(block, out=scratch[0]) if self.keeps_logits else block.exp_()
             torch.sum(powers, 1, keepdim=True, out=total[part])
             if temperature != 1.0:
                 torch.sum(torch.mul(block, temperature, out=scratch[0]).exp_(), 1, keepdim=True, out=total_ce[part])
         if temperature == 1.0:
             total_ce.copy_(total)
-        highest = torch.maximum(reference, entries.x.amax(1, keepdim=True))
-        # Where nothing is held, x is the sentinel: e^x must be 0 then, also in a shard that is all sentinels.
-        known = torch.where(entries.held, entries.x - highest, SENTINEL)
-        gap = reference - highest
+        highest = torch.maximum(reference, entries.z.amax(1, keepdim=True))
+        # Where nothing is held, z is the sentinel: e^x must be 0 then, also in a shard that is all sentinels.
+        known = torch.where(entries.held, (entries.z - highest) / temperature, SENTINEL)
+        gap = (reference - highest) / temperature
         every = (gap.exp() * total + known.exp().sum(1, keepdim=True)).log_()
         every_ce = ((temperature * gap).exp() * total_ce + (temperature * known).exp().sum(1, keepdim=True)).log_()
         mine = p * entries.held
         dot = (mine * known.masked_fill(~entries.held, 0.0)).sum(1, keepdim=True)
-        label_logit = (label.x * self.objective.temperature).masked_fill(~label.held, 0.0)
+        label_logit = label.z.masked_fill(~label.held, 0.0)
         mass = mine.sum(1, keepdim=True)
         columns = [label_logit, reference, total.log_(), highest, every, every_ce, mass, dot]
         return torch.cat(columns, dim=1).t().contiguous()
@@ -142,15 +142,15 @@ class SparseWork:
         """kd and ce [c], and what this rank's gradient needs."""
         target, temperature, mine = self.target, self.objective.temperature, self.objective.shard.tp_rank
         label_logits, references, log_sums, all_references, all_sums, all_sums_ce, masses, dots = gathered
-        highest, total, shifts = merge_sums(all_references, all_sums)
-        highest_ce, total_ce, shifts_ce = merge_sums(temperature * all_references, all_sums_ce)
-        outside_highest, outside_total, outside_shifts = merge_sums(references, log_sums)
-        ce = highest_ce - label_logits.sum(0) + total_ce
+        highest, total, shifts = merge_sums(all_references, all_sums, temperature)
+        _, total_ce, shifts_ce = merge_sums(all_references, all_sums_ce)
+        outside_highest, outside_total, outside_shifts = merge_sums(references, log_sums, temperature)
+        ce = highest - label_logits.sum(0) + total_ce
         weight, tail = target.total[part], target.tail[part]
-        log_q = (dots + masses * (all_references - highest)).sum(0) - weight * total
-        log_outside = outside_highest - highest + outside_total - total
+        log_q = (dots + masses * (all_references - highest) / temperature).sum(0) - weight * total
+        log_outside = (outside_highest - highest) / temperature + outside_total - total
         kd = target.negative_entropy[part] - log_q - torch.where(tail > 0, tail * log_outside, 0.0)
-        gap = references[mine] - all_references[mine]
+        gap = (references[mine] - all_references[mine]) / temperature
         every = weight + tail
         factors = _Factors(
             reference=references[mine],
@@ -175,27 +175,28 @@ class SparseWork:
                 block.mul_((outside + outside_ce)[part])
                 continue
             if form.softcap is not None:
-                offset = (temperature * factors.reference)[part].unsqueeze(1)
+                offset = factors.reference[part].unsqueeze(1)
                 form.softcap_slope(block, temperature, offset, scratch[1])
             torch.mul(block, temperature, out=scratch[0]).exp_().mul_(outside_ce[part])
             block.exp_().mul_(outside[part]).add_(scratch[0])
             if form.softcap is not None:
                 block.mul_(scratch[1])
-        known = entries.x - factors.highest.unsqueeze(1)
+        known = (entries.z - factors.highest.unsqueeze(1)) / temperature
         q = (known + factors.shift.unsqueeze(1)).exp()
         q_ce = (temperature * known + factors.shift_ce.unsqueeze(1)).exp()
         at_ids = kd * (factors.ids.unsqueeze(1) * q - p) + ce * q_ce
-        at_label = torch.full_like(label.x, -ce)
+        at_label = torch.full_like(label.z, -ce)
         for where, value in ((entries, at_ids), (label, at_label)):
             if form.softcap is not None:
-                value = value * (1.0 - (temperature * where.x / form.softcap).clamp(-1.0, 1.0).square())
+                value = value * (1.0 - (where.z / form.softcap).clamp(-1.0, 1.0).square())
             x.scatter_add_(1, where.columns, value.masked_fill(~where.held, 0.0))
 
 
 @dataclass(frozen=True)
 class _Factors:
-    """Per row [c]: e^(x - reference) outside is multiplied by `outside` (kd) and, T times the exponent, `outside_ce`;
-    with y = x - highest, y + shift is ln q on the ids, whose q counts `ids` times, and T y + shift_ce is ln q at T = 1.
+    """Per row [c]: outside, e^x with x = (z - reference) / T is multiplied by `outside` for kd, and e^(T x) by
+    `outside_ce`. On the ids, with y = (z - highest) / T, y + shift is ln q, where q counts `ids` times, and
+    T y + shift_ce is ln q at T = 1.
     """
 
     reference: Tensor

@@ -167,8 +167,8 @@ def by_hand(case: Case, tp_size: int) -> Tokens:
         logits = case.hidden[:, columns].contiguous(), case.teacher_hidden[:, columns].contiguous()
         objective = prepare(case, shard)
         ranks.append((objective, *logits, row_statistics(objective, *logits, case.labels, block=32)))
-    gathered = torch.stack([figures for *_, (figures, _) in ranks])
-    merged = [merge_rows(MergedRows(objective, gathered), references) for objective, *_, (_, references) in ranks]
+    gathered = torch.stack([figures for *_, figures in ranks])
+    merged = [merge_rows(MergedRows(objective, gathered)) for objective, *_ in ranks]
     kd, offsets = merged[0].kd, [rows.offsets for rows in merged]
     if kd is None:
         sums = sum(
@@ -182,7 +182,7 @@ def by_hand(case: Case, tp_size: int) -> Tokens:
     return Tokens(kd, merged[0].ce, torch.cat(gradients, dim=1))
 
 
-def figures_of(case: Case, shard: VocabularyShard | None) -> tuple[Tensor, Tensor]:
+def figures_of(case: Case, shard: VocabularyShard | None) -> Tensor:
     from megakd.losses.kernels.statistics import row_statistics
 
     return row_statistics(prepare(case, shard), case.hidden, case.teacher_hidden, case.labels, block=BLOCK)
@@ -194,7 +194,7 @@ def softcapped_label_logits(values: Tensor, cap: float) -> Tensor:
     case = dataclasses.replace(
         case, hidden=values.unsqueeze(1), labels=torch.zeros_like(case.labels), student_logit_softcap=cap
     )
-    return figures_of(case, None)[0][0]
+    return figures_of(case, None)[0]
 
 
 def padding_left_alone(case: Case) -> list[bool]:
@@ -209,8 +209,8 @@ def padding_left_alone(case: Case) -> list[bool]:
             buffer[:, case.vocab_size :] = fill
         before = [buffer.clone() for buffer in logits]
         objective = prepare(case)
-        figures, references = row_statistics(objective, *logits, case.labels, block=BLOCK)
-        rows = merge_rows(MergedRows(objective, figures.unsqueeze(0)), references)
+        figures = row_statistics(objective, *logits, case.labels, block=BLOCK)
+        rows = merge_rows(MergedRows(objective, figures.unsqueeze(0)))
         sums = mixture_sums(objective, *logits, rows.shifts, block=BLOCK)
         gradient = torch.full_like(logits[0], torch.nan)
         write_gradient(objective, *logits, case.labels, rows.shifts, -sums[1], gradient, block=BLOCK)

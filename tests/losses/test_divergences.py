@@ -134,9 +134,11 @@ def test_logits_of_ten_thousand(run_ranks, tp_size, divergence, dtype, settings)
 @over_divergences
 @pytest.mark.parametrize("tp_size", [1, 2, 4])
 @pytest.mark.parametrize("offset", [-1e4, 1e4])
-def test_offsets_of_ten_thousand_change_nothing(run_ranks, tp_size, divergence, offset):
+@pytest.mark.parametrize("temperature", [1.0, 1.7])
+def test_offsets_of_ten_thousand_change_nothing(run_ranks, tp_size, divergence, offset, temperature):
     """Every logit of one model moves by the offset, in steps that fp32 holds exactly."""
     case = make_case(29, rows=20, padded=1040, vocab_size=1027, divergence=divergence, dtype=torch.float32)
+    case = dataclasses.replace(case, temperature=temperature)
     assert case.teacher_hidden is not None and case.teacher_head is not None
     # Multiples of 2^-4 whose products are multiples of 2^-8: exact below 2^16.
     student = [torch.round(x * 16) / 16 for x in (case.hidden, case.head)]

@@ -157,7 +157,7 @@ def test_without_a_gradient_the_losses_are_the_same(submit, divergence):
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
 def test_each_figure_equals_its_definition(submit, divergence):
     case = logit_case(9, divergence=divergence, temperature=1.6, teacher_temperature=0.9, teacher_logit_scale=1.2)
-    figures, references = submit(figures_of, case, None).result()
+    figures = submit(figures_of, case, None).result()
     z, u = case.hidden.double()[:, :75], 1.2 * case.teacher_hidden.double()[:, :75]
     held = case.labels >= 0
     a, b = (z - z.amax(1, keepdim=True)) / 1.6, (u - u.amax(1, keepdim=True)) / 0.9
@@ -165,16 +165,15 @@ def test_each_figure_equals_its_definition(submit, divergence):
     means = {"forward_kl": (b.softmax(1) * ratio).sum(1), "reverse_kl": -(a.softmax(1) * ratio).sum(1)}
     expected = [
         z.gather(1, case.labels.clamp(min=0)[:, None])[:, 0] * held,
-        z.amax(1) / 1.6,
+        z.amax(1),
         a.logsumexp(1),
         (1.6 * a).logsumexp(1),
-        u.amax(1) / 0.9,
+        u.amax(1),
         b.logsumexp(1),
         means.get(divergence, torch.zeros(4)),
     ]
     for column, definition in zip(figures.unbind(), expected, strict=True):
         assert relative(column, definition) <= 5e-7
-    assert relative(references, torch.stack([z.amax(1), u.amax(1)])) <= 1e-7
 
 
 @pytest.mark.parametrize("divergence", ["reverse_kl", "tvd"])
@@ -182,8 +181,7 @@ def test_a_shard_of_padding_has_finite_figures(submit, divergence):
     case = logit_case(10, rows=3, divergence=divergence)
     case.hidden[0], case.teacher_hidden[1] = torch.nan, torch.nan
     shard = VocabularyShard(None, 2, 1, 80, 80, 0, 80)
-    figures, references = submit(figures_of, case, shard).result()
-    assert (references == -1e30).all()
+    figures = submit(figures_of, case, shard).result()
     assert torch.equal(figures, torch.tensor([[0.0, -1e30, 0.0, 0.0, -1e30, 0.0, 0.0]]).T.expand(7, 3))
 
 

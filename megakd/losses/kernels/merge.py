@@ -26,12 +26,12 @@ class KernelRows:
     offsets: Tensor | None
 
 
-def merge_rows(merged: MergedRows, references: Tensor) -> KernelRows:
-    """From the figures of all ranks and this rank's references [2, c], see `row_statistics`."""
+def merge_rows(merged: MergedRows) -> KernelRows:
+    """From the figures of all ranks, see `row_statistics`."""
     factors, ce, divergence = merged.factors(), merged.cross_entropies(), merged.objective.divergence
-    shifts = [references[0], factors.student_shift.squeeze(1), factors.cross_entropy_shift.squeeze(1)]
+    shifts = [x.squeeze(1) for x in (factors.reference, factors.student_shift, factors.cross_entropy_shift)]
     if factors.teacher_shift is not None:
-        shifts += [references[1], factors.teacher_shift.squeeze(1)]
+        shifts += [merged.figures[merged.objective.shard.tp_rank, 4], factors.teacher_shift.squeeze(1)]
     kd: Tensor | None = torch.zeros_like(ce)
     offsets = None
     if divergence is not None:

@@ -37,7 +37,6 @@ def _statistics_kernel(
     teacher: tl.tensor,
     labels: tl.tensor,
     figures: tl.tensor,
-    references: tl.tensor,
     rows: tl.tensor,
     first_id: tl.tensor,
     width: tl.tensor,
@@ -103,10 +102,9 @@ def _statistics_kernel(
     label = tl.load(labels + row) - first_id
     held = (label >= 0) & (label < valid)
     label_logit = load_logits(student, tl.where(held, label, 0), width, student_inner, student_cap, STUDENT_CAPPED)
-    tl.store(references + row, z_highest)
     figures += row
     tl.store(figures, tl.where(held, label_logit, 0.0))
-    tl.store(figures + rows, student_rate * z_highest)
+    tl.store(figures + rows, z_highest)
     tl.store(figures + 2 * rows, tl.log(z_total))
     tl.store(figures + 3 * rows, tl.log(ce_total))
     if FORMULA != "none":
@@ -120,8 +118,7 @@ def _statistics_kernel(
             mean = tl.sum(u_share * (weighted + moved * u_sum), 0) / u_total
         if FORMULA == "reverse_kl":
             mean = tl.sum(z_share * (weighted - moved * z_sum), 0) / z_total
-        tl.store(references + rows + row, u_highest)
-        tl.store(figures + 4 * rows, teacher_rate * u_highest)
+        tl.store(figures + 4 * rows, u_highest)
         tl.store(figures + 5 * rows, tl.log(u_total))
         tl.store(figures + 6 * rows, mean)
 
@@ -139,30 +136,25 @@ def row_statistics(
     labels: Tensor,
     *,
     block: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Local figures [4, c], or [7, c] with a teacher, see `MergedRows`; and references [2, c].
+) -> Tensor:
+    """Local figures [4, c], or [7, c] with a teacher, see `MergedRows`.
 
     student, teacher: hidden @ head^T, fp32 [c, v/tp], contiguous; each is read once and nothing is written to it.
     labels: int64 [c], global ids; any that is not on this rank counts as a logit of 0.
     block: columns that a program treats together, a power of 2; see `launch_sizes`.
-    figures: the label's logit; the largest x = z/T; ln sum e^(x - largest); ln sum e^(T (x - largest)); of the teacher
-        the largest u/T_t and ln sum e^(u/T_t - largest); and the mean of (u/T_t - largest) - (x - largest) under the
-        local softmax of the teacher (forward_kl), of its negative under the student's (reverse_kl), else 0. A shard
-        of padding has -1e30 for its largest, and 0 for logarithms and mean.
-    references: the largest logit of each model before its temperature, -1e30 for a shard of padding; the second row
-        has no meaning without a teacher.
+    References are the largest logits, and the mean is of (u - reference) / T_t - (z - reference) / T under the local
+    softmax of the teacher (forward_kl), of its negative under the student's (reverse_kl). A shard of padding has
+    -1e30 for its largest, and 0 for logarithms and mean.
     """
     divergence, rows = objective.divergence, labels.shape[0]
     assert (divergence is None) == (teacher is None)
     figures = student.new_empty((4 if teacher is None else 7, rows))
-    references = student.new_empty((2, rows))
     with torch.cuda.device_of(student):
         _statistics_kernel[(rows,)](
             student,
             student if teacher is None else teacher,
             labels,
             figures,
-            references,
             rows,
             objective.shard.first_id,
             **form_arguments(objective),
@@ -170,4 +162,4 @@ def row_statistics(
             FORMULA=NO_DIVERGENCE if divergence is None else divergence.name,
             **launch_sizes(student.shape[1], block),
         )
-    return figures, references
+    return figures

@@ -52,8 +52,8 @@ class TritonWork:
         if self._teacher is not None and inputs.teacher_hidden is not None and inputs.teacher_head is not None:
             teacher = self._teacher[: len(labels)]
             project_(teacher, inputs.teacher_hidden[part], inputs.teacher_head)
-        figures, references = row_statistics(objective, student, teacher, labels, block=block)
-        rows = merge_rows(MergedRows(objective, objective.shard.gather_statistics(figures)), references)
+        figures = row_statistics(objective, student, teacher, labels, block=block)
+        rows = merge_rows(MergedRows(objective, objective.shard.gather_statistics(figures)))
         kd, offsets = rows.kd, rows.offsets
         if kd is None:
             assert teacher is not None
