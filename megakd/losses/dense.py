@@ -15,7 +15,7 @@ from megakd.losses.products import project_
 from megakd.losses.rows import MergedRows, RowFactors
 
 # Merging figures costs the same whatever their number; what it takes to hide it still fits a CPU's last cache.
-_BLOCKS_PER_PIECE = 8
+_BLOCKS_PER_PIECE = 4
 
 
 @dataclass(frozen=True)
