@@ -36,8 +36,13 @@ def main(argv: list[str]) -> int:
         *("-m", "megakd.launch.rank", rank_options, *argv[1:]),
     ]
     try:
-        with adopted_orphans():
-            run(parse_args(arguments))
+        try:
+            with adopted_orphans():
+                run(parse_args(arguments))
+        finally:
+            # Nothing is left to end, and torch's handler would raise wherever this process is, even at its exit.
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                signal.signal(number, signal.SIG_IGN)
     except ChildFailedError as error:
         save_rank_exits(log_dir, [RankExit(rank, f.timestamp, f.exitcode) for rank, f in error.failures.items()])
         return 1

@@ -165,3 +165,21 @@ def test_killing_the_launcher_leaves_nothing(tmp_path: Path) -> None:
     process.kill()
     process.communicate(timeout=TIMEOUT_SECONDS)
     wait_until_gone(pids)
+
+
+def test_a_signal_while_torchruns_process_ends_prints_nothing(tmp_path: Path) -> None:
+    """The launcher tells it to end where a rank met bad input, and it may be ending already."""
+    signalled_at_exit = (
+        "import json, os, signal, sys, time, weakref\n"
+        "from megakd.launch.agent import main\n"
+        "last = weakref.finalize(main, lambda: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(0.1)))\n"
+        "options = dict(launcher_pid=os.getppid(), log_dir=sys.argv[1], scratch_dir=sys.argv[1], nproc_per_node=1,\n"
+        "               max_restarts=0)\n"
+        "sys.exit(main([json.dumps(options), *sys.argv[2:]]))\n"
+    )
+    command = [sys.executable, "-c", signalled_at_exit, str(tmp_path)]
+    ended = subprocess.run(
+        [*command, "tests.launch.workers_for_launch", "succeed", str(tmp_path)],
+        cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_SECONDS,
+    )  # fmt: skip
+    assert (ended.returncode, ended.stderr) == (0, "")
