@@ -98,6 +98,14 @@ def check_without_divergence(config: Config) -> None:
                 f"distill.{key} is {value:g} and has no effect with distill.kd_weight 0. Leave it out, or set "
                 "distill.kd_weight above 0."
             )
+    defaults = type(distill).model_fields
+    for key in ("loss", "temperature", "temperature_squared"):
+        value, default = getattr(distill, key), defaults[key].default
+        if value != default:
+            raise UserError(
+                f"distill.{key} is {str(value).lower()} and has no effect with distill.kd_weight 0. Leave it out "
+                f"(or {str(default).lower()}), or set distill.kd_weight above 0."
+            )
 
 
 def check_loss_weights(config: Config) -> None:

@@ -30,8 +30,10 @@ def chunk_rows(
     """
     if chunk_mib is None:
         chunk_mib = DEFAULT_CHUNK_MIB.get(device_type, DEFAULT_CHUNK_MIB["cuda"])
-    if chunk_mib < 1:
-        raise ValueError(f"chunk_mib is {chunk_mib}; it must be at least 1. Leave it out for the device's default.")
+    if not isinstance(chunk_mib, int) or chunk_mib < 1:
+        raise ValueError(
+            f"chunk_mib is {chunk_mib}; it must be a whole number of at least 1. Leave it out for the device's default."
+        )
     rows = (chunk_mib << 20) // (models * element_size * local_vocab)
     rows = max(ROW_MULTIPLE, rows - rows % ROW_MULTIPLE)
     return min(num_rows, rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +13,11 @@ from torch.distributed import ProcessGroup
 
 from megakd.losses.inputs import LossInputs, build_inputs
 from megakd.losses.products import add_head_gradient_, project_back_
-from megakd.losses.shards import gather_sequence, reduce_hidden_gradient
+from megakd.losses.shards import reduce_hidden_gradient
 from megakd.losses.signals import DenseSignal, LossSums, SparseSignal
 from megakd.losses.work import build_work
+
+_SAME_SCALE = 1e-5
 
 
 def distillation_loss(
@@ -51,14 +54,14 @@ def distillation_loss(
 
     student_hidden: [n, h], or [n/tp, h] under `sequence_parallel`; n = s * b rows in (s, b) order.
     student_head: [v/tp, h], this rank's rows of the padded vocabulary.
-    labels, token_weights: [n] on every rank. A weight of 0 hides its token, whose label may be anything. No gradient
-        flows to the weights or to the teacher.
+    labels, token_weights: [n] on every rank. A weight of 0 hides its token, whose label, hidden states and
+        probabilities may be anything, NaN too. No gradient flows to the weights or to the teacher.
     signal: the teacher's side: its hidden states and head, or k ids per token with their probabilities (forward_kl
         only); None for the cross-entropy alone, which wants kd_weight 0.
     vocab_size: ids that exist, the smaller of the two models' vocab_size; columns beyond take part in nothing.
     temperature: divides both models' logits in the divergence; the cross-entropy is at temperature 1.
     teacher_temperature: the teacher's where it differs; the student's takes part in the gradients and in T^2.
-    divergence: forward_kl, reverse_kl, jsd, skew_forward_kl, skew_reverse_kl or tvd, see `DIVERGENCES`.
+    divergence: forward_kl, reverse_kl, jsd, skew_forward_kl, skew_reverse_kl or tvd; docs/losses.md has the formulas.
     jsd_beta: the teacher's share of jsd's mixture, 0.5 where not given; skew_alpha: the teacher's in skew_forward_kl
         and the student's in skew_reverse_kl, 0.1 where not given. No effect on another divergence.
     student_logit_scale, student_logit_softcap, and the teacher's: the model's logits are
@@ -70,8 +73,8 @@ def distillation_loss(
         in backward, which is checked on CPU and not on GPU, where it would wait for the device. Without `main_grad`
         `grad_scale` has no effect.
 
-    Raises ValueError for shapes that do not fit, an unknown divergence, or a label outside the vocabulary whose
-    weight is not 0 (an asynchronous device assertion on GPU).
+    Raises ValueError for shapes, types and settings that do not fit, for a label outside the vocabulary whose weight
+    is not 0 and for a weight below 0 (asynchronous device assertions on GPU).
     """
     inputs = build_inputs(
         student_hidden,
@@ -96,8 +99,13 @@ def distillation_loss(
         sequence_parallel=sequence_parallel,
         chunk_mib=chunk_mib,
     )
-    if main_grad is not None and main_grad.shape != student_head.shape:
-        raise ValueError(f"main_grad is {list(main_grad.shape)}; it must be {list(student_head.shape)}, as the head.")
+    if main_grad is not None:
+        if main_grad.shape != student_head.shape:
+            raise ValueError(
+                f"main_grad is {list(main_grad.shape)}; it must be {list(student_head.shape)}, as the head."
+            )
+        if main_grad.dtype not in (torch.float32, torch.float64, torch.bfloat16):
+            raise ValueError(f"main_grad is {main_grad.dtype}; it must be float32, float64 or bfloat16.")
     wanted = _Wanted(
         hidden=torch.is_grad_enabled() and student_hidden.requires_grad,
         head=torch.is_grad_enabled() and student_head.requires_grad,
@@ -151,7 +159,7 @@ def _run_chunks(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Sums of kd and ce, the gradient of `hidden` as it came, and the head's (all of main_grad where given)."""
     count = inputs.labels.shape[0]
-    rows_hidden, rows_head = gather_sequence(hidden.detach(), inputs.sequence_group), head.detach()
+    rows_hidden, rows_head = inputs.rows(hidden), head.detach()
     work = build_work(inputs, rows_hidden, rows_head)
     weights = inputs.token_weights.to(inputs.dtype)
     dtype = inputs.dtype
@@ -194,7 +202,8 @@ def _scaled(saved: Tensor, gradient: Tensor) -> Tensor:
 
 def _stand_in_gradient(head: Tensor, gradient: Tensor, grad_scale: float) -> Tensor:
     """What autograd passes on for a head whose gradient is already in its main_grad."""
-    if not gradient.is_cuda and gradient.item() != grad_scale:
+    # One is a tensor's number and may be rounded several times on its way, the other is Python's.
+    if not gradient.is_cuda and not math.isclose(gradient.item(), grad_scale, rel_tol=_SAME_SCALE):
         raise ValueError(
             f"The gradient that arrives at the loss is {gradient.item()}, but main_grad was filled in forward with "
             f"grad_scale {grad_scale}; they must be equal. Pass that gradient as grad_scale."

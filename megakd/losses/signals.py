@@ -12,7 +12,8 @@ class DenseSignal:
     """The teacher's side of a microbatch: its distributions over the whole vocabulary, not yet computed.
 
     hidden: [n, h_t], or [n/tp, h_t] under sequence parallelism; n = s * b rows in (s, b) order.
-    head: [v/tp, h_t], this rank's rows of the teacher's output layer, the same global ids as the student's rows.
+    head: [v/tp, h_t], this rank's rows of the teacher's output layer, the same global ids as the student's rows. On one
+        rank it may be padded to another size; where it has fewer rows than the student's, each call copies it.
     """
 
     hidden: Tensor
@@ -26,7 +27,7 @@ SPARSE_MODES = ("sampled", "tail_bucket", "renormalised")
 class SparseSignal:
     """The teacher's side of a microbatch: k ids per token with their probabilities, all n rows on every tensor rank.
 
-    ids: [n, k] int64, global and distinct within a row; -1 is an empty slot.
+    ids: [n, k] int64, global and distinct within a row; -1 (any below 0) is an empty slot.
     probabilities: [n, k], softmax of the teacher's logits over its temperature, or frequencies of draws from it; what
         stands in an empty slot does not count. P is their sum in a row.
     mode: what they stand for.

@@ -32,9 +32,13 @@ class SparseTarget:
     negative_entropy: Tensor
 
 
-def build_target(signal: SparseSignal, vocab_size: int, dtype: torch.dtype) -> SparseTarget:
-    """The target that the mode makes of a signal."""
-    empty = signal.ids < 0
+def build_target(signal: SparseSignal, counted: Tensor, vocab_size: int, dtype: torch.dtype) -> SparseTarget:
+    """The target that the mode makes of a signal; rows not `counted` [n] that could not be one have no ids."""
+    usable = ((signal.probabilities >= 0) & signal.probabilities.isfinite()) | (signal.ids < 0)
+    usable &= signal.ids < vocab_size
+    unusable = ~counted & ~usable.all(1)
+    ids = signal.ids.masked_fill(unusable.unsqueeze(1), -1)
+    empty = ids < 0
     p = signal.probabilities.to(dtype).masked_fill(empty, 0.0)
     total = p.sum(1)
     tail = torch.zeros_like(total)
@@ -44,10 +48,10 @@ def build_target(signal: SparseSignal, vocab_size: int, dtype: torch.dtype) -> S
         p = p / torch.where(total > 0, total, 1.0).unsqueeze(1)
         total = p.sum(1)
     if signal.mode == "sampled" and signal.entropy is not None:
-        negative_entropy = -signal.entropy.to(dtype)
+        negative_entropy = -signal.entropy.to(dtype).masked_fill(~counted & ~signal.entropy.isfinite(), 0.0)
     else:
         negative_entropy = torch.xlogy(p, p).sum(1) + torch.xlogy(tail, tail)
-    return SparseTarget(signal.ids, p, total, tail, negative_entropy)
+    return SparseTarget(ids, p, total, tail, negative_entropy)
 
 
 @dataclass(frozen=True)

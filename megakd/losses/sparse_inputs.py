@@ -44,6 +44,9 @@ def check_sparse(
         if signal.mode != "sampled":
             raise ValueError(f"signal.entropy has no effect in the mode {signal.mode}. Leave it out.")
         check_shape(signal.entropy, "signal.entropy", [rows])
+        entropy = signal.entropy.unsqueeze(1)
+        wrong = ~((entropy >= 0) & entropy.isfinite()) & (token_weights != 0).unsqueeze(1)
+        _refuse(wrong, entropy, "signal.entropy is {} in row {}; it must be at least 0 nats.")
     _check_values(signal, token_weights, vocab_size)
 
 
@@ -52,11 +55,15 @@ def _check_values(signal: SparseSignal, token_weights: Tensor, vocab_size: int) 
     p = signal.probabilities.masked_fill(ids < 0, 0.0)
     total = p.sum(1, keepdim=True)
     _refuse(
-        ids >= vocab_size,
+        (ids >= vocab_size) & counted,
         ids,
         f"id {{}} in row {{}}; ids must be below vocab_size {vocab_size}, which both models have. Drop it before the "
         "probabilities are made.",
     )
+    # Neighbours in order show what is there twice.
+    ordered = ids.sort(1).values
+    twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0) & counted
+    _refuse(twice, ordered, "id {} is there twice in row {}; ids must be distinct. Add their probabilities up.")
     _refuse(~(p >= 0) & counted, p, "signal.probabilities is {} in row {}; it must be at least 0.")
     _refuse(
         (total > 1 + _SUM_TOLERANCE) & counted,

@@ -9,7 +9,7 @@ from torch.distributed import ProcessGroup
 from megakd.losses.dense import DenseWork
 from megakd.losses.inputs import LossInputs, build_inputs
 from megakd.losses.rows import merge_sums
-from megakd.losses.shards import VocabularyShard, gather_sequence
+from megakd.losses.shards import VocabularyShard
 from megakd.losses.signals import DenseSignal, SparseSignal, TokenStatistics
 from megakd.losses.work import build_work, gather_dense
 
@@ -67,7 +67,7 @@ def token_statistics(
     count = labels.shape[0]
     figures = torch.empty((3, count), dtype=inputs.dtype, device=student_hidden.device)
     agree = torch.empty(count, dtype=torch.bool, device=student_hidden.device)
-    hidden, head = gather_sequence(student_hidden.detach(), inputs.sequence_group), student_head.detach()
+    hidden, head = inputs.rows(student_hidden), student_head.detach()
     fill = _fill_dense if isinstance(signal, DenseSignal) else _fill
     fill(inputs, hidden, head, figures, agree)
     kd, ce, teacher_ce = figures.unbind()

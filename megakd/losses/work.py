@@ -10,7 +10,6 @@ from torch import Tensor
 from megakd.losses.dense import DenseInputs, DenseWork
 from megakd.losses.inputs import LossInputs
 from megakd.losses.kernels import kernels_available
-from megakd.losses.shards import gather_sequence
 from megakd.losses.signals import SparseSignal
 from megakd.losses.sparse import SparseWork, build_target
 
@@ -27,7 +26,8 @@ class ChunkWork(Protocol):
 def build_work(inputs: LossInputs, hidden: Tensor, head: Tensor) -> ChunkWork:
     """The work on a call's chunks; hidden [n, h] and head [v/tp, h] are the student's, detached."""
     if isinstance(inputs.signal, SparseSignal):
-        target = build_target(inputs.signal, inputs.objective.shard.vocab_size, inputs.dtype)
+        counted = inputs.token_weights != 0
+        target = build_target(inputs.signal, counted, inputs.objective.shard.vocab_size, inputs.dtype)
         return SparseWork(inputs.objective, hidden, head, inputs.labels, target, inputs.chunk_rows)
     dense = gather_dense(inputs, hidden, head)
     if kernels_available(hidden.device) and inputs.dtype == torch.float32:
@@ -44,5 +44,12 @@ def gather_dense(inputs: LossInputs, hidden: Tensor, head: Tensor) -> DenseInput
     assert not isinstance(signal, SparseSignal)
     if signal is None:
         return DenseInputs(hidden, head, inputs.labels, None, None)
-    teacher_hidden = gather_sequence(signal.hidden.detach(), inputs.sequence_group)
-    return DenseInputs(hidden, head, inputs.labels, teacher_hidden, signal.head.detach())
+    teacher_head = fit_rows(signal.head.detach(), len(head))
+    return DenseInputs(hidden, head, inputs.labels, inputs.rows(signal.hidden), teacher_head)
+
+
+def fit_rows(head: Tensor, rows: int) -> Tensor:
+    """A head cut to `rows`, or padded with zeros: rows beyond the vocabulary take part in nothing."""
+    if len(head) >= rows:
+        return head[:rows]
+    return torch.nn.functional.pad(head, (0, 0, 0, rows - len(head)))

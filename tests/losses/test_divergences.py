@@ -77,9 +77,10 @@ def test_softcapped_ranks_that_hold_only_padding(run_ranks):
 
 
 @over_divergences
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 @pytest.mark.parametrize(("tp_size", "sequence_parallel"), [(1, False), (4, True)])
-def test_figures_per_token_equal_the_definition(run_ranks, tp_size, sequence_parallel, divergence):
-    case = make_case(25, rows=140, padded=1040, vocab_size=1027, divergence=divergence, teacher_logit_softcap=3.0)
+def test_figures_per_token_equal_the_definition(run_ranks, tp_size, sequence_parallel, divergence, settings):
+    case = make_case(25, rows=140, padded=1040, vocab_size=1027, divergence=divergence, **settings)
     kd, ce = token_losses(case, case.hidden, case.head)
     counted = case.token_weights != 0
     for actual in run_ranks(tp_size, statistics_on_rank, case, sequence_parallel):
@@ -226,3 +227,27 @@ def test_jsd_at_its_ends_names_the_kls(beta):
 def test_skews_at_their_ends_name_the_kl(name, alpha):
     with pytest.raises(ValueError, match=f"skew_alpha is .* divergence {name} for 0"):
         get_divergence(f"skew_{name}", skew_alpha=alpha)
+
+
+@over_divergences
+@pytest.mark.parametrize("temperature", [0.4, 1.0, 2.0])
+@pytest.mark.parametrize("largest", [35.0, 41.0, 60.0, 88.0, 120.0])
+def test_logits_on_both_sides_of_where_references_begin(divergence, temperature, largest):
+    """Sums of exponentials are taken as they are up to a size, and relative to a reference beyond it."""
+    generator = torch.Generator().manual_seed(5)
+    logits, teacher = ((torch.rand(8, 400, generator=generator) * 2 - 1) * largest for _ in range(2))
+    logits[:, 3], teacher[:, 7] = largest, largest
+    case = dataclasses.replace(
+        make_case(6, rows=8, padded=400, vocab_size=400, divergence=divergence, temperature=temperature),
+        hidden=torch.eye(8),
+        head=logits.T.contiguous(),
+        teacher_hidden=torch.eye(8),
+        teacher_head=teacher.T.contiguous(),
+    )
+    case = dataclasses.replace(case, token_weights=case.token_weights.float())
+    hidden, head = leaves(case)
+    found, expected = fused_loss(case, hidden, head), solve(case)
+    found.total.backward()
+    assert relative(found.total.detach(), expected.total) < 2e-6
+    assert hidden.grad is not None and head.grad is not None
+    assert relative(head.grad, expected.head_grad) < 2e-5

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megakd.losses import DenseSignal, LossSums, distillation_loss
+from megakd.losses.divergences import DIVERGENCES
 from tests.losses.ranks import shard, sharded_signal
 from tests.losses.reference import Case, make_case, relative, solve
 
@@ -48,15 +49,23 @@ def test_finite_differences(temperature):
     vocab_size=st.integers(1, 40),
     padding=st.integers(0, 5),
     widths=st.tuples(st.integers(1, 9), st.integers(1, 9)),
-    temperature=st.floats(0.25, 4.0),
-    kd_weight=st.floats(0.0, 3.0),
-    ce_weight=st.floats(0.0, 3.0),
+    weights=st.tuples(st.floats(0.0, 3.0), st.floats(0.0, 3.0)),
+    divergence=st.sampled_from(sorted(DIVERGENCES)),
+    parameter=st.floats(0.05, 0.95),
+    temperatures=st.tuples(st.floats(0.25, 4.0), st.none() | st.floats(0.25, 4.0)),
     squared=st.booleans(),
+    scales=st.tuples(st.floats(0.5, 2.0), st.floats(0.5, 2.0)),
+    softcaps=st.tuples(st.none() | st.floats(2.0, 20.0), st.none() | st.floats(2.0, 20.0)),
+    large=st.integers(0, 9),
 )
-@settings(max_examples=60, deadline=None)
-def test_any_shape_and_weights_equal_the_definition(
-    seed, rows, vocab_size, padding, widths, temperature, kd_weight, ce_weight, squared
-):
+@settings(max_examples=120, deadline=None)
+def test_any_shape_and_settings_equal_the_definition(
+    seed, rows, vocab_size, padding, widths, weights, divergence, parameter, temperatures, squared, scales, softcaps,
+    large,
+):  # fmt: skip
+    if large == 0:
+        # Several chunks of 128 rows, the last one smaller.
+        rows, vocab_size = 250 + rows, 600 + vocab_size
     case = make_case(
         seed,
         rows=rows,
@@ -64,13 +73,21 @@ def test_any_shape_and_weights_equal_the_definition(
         vocab_size=vocab_size,
         student_width=widths[0],
         teacher_width=widths[1],
-        temperature=temperature,
-        kd_weight=kd_weight,
-        ce_weight=ce_weight,
+        temperature=temperatures[0],
+        teacher_temperature=temperatures[1],
+        kd_weight=weights[0],
+        ce_weight=weights[1],
         temperature_squared=squared,
+        divergence=divergence,
+        jsd_beta=parameter,
+        skew_alpha=parameter,
+        student_logit_scale=scales[0],
+        teacher_logit_scale=scales[1],
+        student_logit_softcap=softcaps[0],
+        teacher_logit_softcap=softcaps[1],
     )
     hidden, head = leaves(case)
-    total = fused_loss(case, hidden, head).total
+    total = fused_loss(case, hidden, head, chunk_mib=1).total
     total.backward()
     expected = solve(case)
     # Absolute, since a vocabulary of one id has loss and gradients of 0 up to rounding.
@@ -165,7 +182,7 @@ def main_grad_on_rank(cases: list[Case], sequence_parallel: bool, grad_scale: fl
 
 
 @pytest.mark.parametrize(("tp_size", "sequence_parallel"), [(1, False), (2, True)])
-@pytest.mark.parametrize("grad_scale", [1.0, 0.25])
+@pytest.mark.parametrize("grad_scale", [1.0, 0.25, 1 / 3])
 def test_main_grad_adds_up_over_microbatches(run_ranks, tp_size, sequence_parallel, grad_scale):
     cases = [make_case(7, dtype=torch.float32), make_case(8, rows=140, dtype=torch.float32)]
     # The head is one parameter: the second microbatch uses the first one's.
@@ -223,3 +240,13 @@ def test_bfloat16(device, temperature):
     assert relative(sums.ce.cpu(), expected.ce) <= 0.005
     assert relative(hidden.grad.cpu(), expected.hidden_grad) <= 0.02
     assert relative(head.grad.cpu(), expected.head_grad) <= 0.02
+
+
+@pytest.mark.parametrize("count", [3, 6, 7, 10, 49])
+def test_a_mean_over_tokens_is_a_grad_scale(count):
+    """1/n is not a number of fp32, and dividing by n need not round as multiplying by 1/n does."""
+    case = make_case(4, rows=count, padded=9, vocab_size=9, dtype=torch.float32)
+    hidden, head = leaves(case)
+    buffer = torch.zeros_like(head)
+    (fused_loss(case, hidden, head, main_grad=buffer, grad_scale=1 / count).total / count).backward()
+    assert relative(buffer, solve(case).head_grad / count) < 2e-6

@@ -70,7 +70,7 @@ def _start_worker() -> None:
 
 @pytest.fixture(scope="module")
 def submit() -> Iterator[Callable[..., Future[Any]]]:
-    """Runs a function of this module in one of two processes whose triton interprets kernels."""
+    """Runs a function of kernel_cases in one of two processes whose triton interprets kernels."""
     with ProcessPoolExecutor(2, mp_context=get_context("spawn"), initializer=_start_worker) as pool:
         yield pool.submit
 

@@ -129,8 +129,8 @@ def test_mass_outside_the_kept_ids_is_punished(run_ranks):
         kept = dataclasses.replace(signal, mode=mode, probabilities=p)
         case = picking_case(torch.stack([right, wrong]))
         answer = fused(run_ranks, case, 2, False, kept)
-        losses = sparse_token_losses(case, kept, case.hidden.double(), case.head.double())[0]
-        assert losses[1] > 15 > 3 > losses[0]
+        for statistics in run_ranks(2, statistics_on_rank, case, False, kept):
+            assert statistics.kd[1] > 15 > 3 > statistics.kd[0]
         # The gradient by the logits is the transposed head's gradient: towards the ids, away from where the mass is.
         assert (answer.head_grad[:2, 1] < -0.4).all()
         assert (answer.head_grad[6:, 1] > 0.4).all()
@@ -252,3 +252,17 @@ def test_bad_signals_are_refused(signal_change, change, message):
 def test_reference_probabilities_add_up():
     case = make_case(76, rows=4, padded=20, vocab_size=15)
     torch.testing.assert_close(teacher_probabilities(case).sum(1), torch.ones(4, dtype=torch.float64))
+
+
+@over_modes
+def test_an_id_that_is_there_twice_is_refused(mode):
+    signal = SparseSignal(torch.tensor([[4, 2, 7, -1, -1], [1, 3, 1, -1, 0]]), torch.full((2, 5), 0.2), mode)
+    if mode == "sampled":
+        signal = dataclasses.replace(
+            signal, probabilities=torch.tensor([[0.4, 0.3, 0.3, 0, 0], [0.3, 0.3, 0.2, 0, 0.2]])
+        )
+    with pytest.raises(ValueError, match="id 1 is there twice in row 1; ids must be distinct"):
+        distillation_loss(
+            torch.zeros(2, 3), torch.zeros(9, 3), torch.zeros(2, dtype=torch.int64), torch.ones(2), signal,
+            kd_weight=1.0, ce_weight=0.0, vocab_size=9,
+        )  # fmt: skip

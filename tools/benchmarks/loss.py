@@ -1,7 +1,8 @@
 #!/usr/bin/env python
 """The fused distillation loss against other ways to compute it and against its four bare matrix products.
 
-Each way runs in a fresh process; the processes take turns, one call each per round. Ratios are medians over rounds.
+Each way runs in a fresh process; the processes take turns, one call each per round. Ratios are medians over rounds;
+seconds are the process's own on one CPU thread, and the clock's otherwise. TFLOP/s counts the four products.
 
     python tools/benchmarks/loss.py --divergence forward_kl --json
 """
@@ -50,9 +51,12 @@ def main() -> None:
             torch.save(_reference(arguments), reference)
         results = _take_turns(ways, reference, arguments)
     fastest = min((results[way]["seconds"] for way in BARE), key=statistics.median)
+    n, v = arguments.tokens, arguments.vocab
+    products = 2 * n * v * (3 * arguments.student_hidden + arguments.teacher_hidden)
     for result in results.values():
         result["ratio_to_products"] = measure.median_ratio(result["seconds"], fastest)
         result["median_s"] = statistics.median(result.pop("seconds"))
+        result["tflops"] = products / result["median_s"] / 1e12
     _report({"machine": measure.machine(), "settings": vars(arguments), "results": results}, arguments.json)
 
 
@@ -201,9 +205,9 @@ def _report(result: dict[str, Any], as_json: bool) -> None:
         return
     print(result["machine"])
     print(", ".join(f"{key} {value}" for key, value in result["settings"].items() if value not in (None, False, "")))
-    print(f"{'':26}{'seconds':>9}{'of bare':>9}{'peak MiB':>10}{'dX error':>10}{'dW error':>10}")
+    print(f"{'':26}{'seconds':>9}{'of bare':>9}{'TFLOP/s':>9}{'peak MiB':>10}{'dX error':>10}{'dW error':>10}")
     for way, figures in result["results"].items():
-        line = f"{way:26}{figures['median_s']:9.3f}{figures['ratio_to_products']:9.3f}"
+        line = f"{way:26}{figures['median_s']:9.3f}{figures['ratio_to_products']:9.3f}{figures['tflops']:9.3f}"
         if "peak_mib_above_gradients" in figures:
             line += f"{figures['peak_mib_above_gradients']:10.1f}"
         for name in ("hidden", "head"):
