@@ -54,7 +54,11 @@ class GPTArchitecture(BaseModel):
     qk_layernorm: bool = False
     position_embedding_type: Literal["rope", "learned_absolute"] = "rope"
     rotary_base: float = Field(default=10000.0, gt=0)
+    rotary_percent: float = Field(default=1.0, gt=0, le=1, description="Part of each head's channels that rope turns.")
     rope_scaling: RopeScaling | None = None
+    sliding_window: int | None = Field(
+        default=None, gt=0, description="Tokens, itself included, that a token attends to."
+    )
     share_embeddings_and_output_weights: bool = False
     init_method_std: float = Field(default=0.02, gt=0)
 
@@ -87,8 +91,14 @@ class GPTArchitecture(BaseModel):
 
     @model_validator(mode="after")
     def _rope_fits(self) -> GPTArchitecture:
-        if self.position_embedding_type == "rope" and self.kv_channels % 2:
-            raise ValueError(f"kv_channels ({self.kv_channels}) must be even: rope turns pairs of channels")
+        if self.position_embedding_type == "rope":
+            turned = int(self.kv_channels * self.rotary_percent)
+            if self.rotary_percent == 1.0 and turned % 2:
+                raise ValueError(f"kv_channels ({self.kv_channels}) must be even: rope turns pairs of channels")
+            if turned % 2 or turned == 0:
+                raise ValueError(
+                    f"rotary_percent ({self.rotary_percent}) of kv_channels ({self.kv_channels}) must be even, above 0"
+                )
         if self.position_embedding_type != "rope" and self.rope_scaling is not None:
             raise ValueError(
                 f"rope_scaling has no effect with position_embedding_type {self.position_embedding_type}; leave it out"

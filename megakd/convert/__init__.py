@@ -2,16 +2,16 @@
 
 from megakd.convert.exporting import export_hf
 from megakd.convert.hf_config import architecture_from_hf, hf_config_from_architecture, read_hf_config
-from megakd.convert.importing import check_hf_weights, load_hf_head, load_hf_weights
+from megakd.convert.loading import check_weights, load_head, load_weights
 from megakd.convert.shard_writer import check_can_export
 
 __all__ = [
     "architecture_from_hf",
     "check_can_export",
-    "check_hf_weights",
+    "check_weights",
     "export_hf",
     "hf_config_from_architecture",
-    "load_hf_head",
-    "load_hf_weights",
+    "load_head",
+    "load_weights",
     "read_hf_config",
 ]

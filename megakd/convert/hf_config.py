@@ -16,7 +16,6 @@ from megakd.convert.table import Family
 
 _TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _SCALING_KEYS = tuple(RopeScaling.model_fields)
-_THETA = 10000.0
 
 
 def read_hf_config(path: str | Path) -> dict[str, Any]:
@@ -51,14 +50,11 @@ def architecture_from_hf(path: str | Path) -> GPTArchitecture:
             raise UserError(
                 f"{key} is {_show(config[key])} in {file}; only {_show(value)} is supported for {family.model_type}."
             )
-    values: dict[str, Any] = {field: _read_field(family, field, config, file) for field in family.fields}
+    found = {field: _read_field(family, field, config, file) for field in family.fields}
+    values: dict[str, Any] = {field: value for field, value in found.items() if value is not None}
     values.update(family.fixed)
-    # Both may be absent or null, which means what GPTArchitecture takes for a field not given.
-    for field, key in (("num_query_groups", "num_key_value_heads"), ("kv_channels", "head_dim")):
-        if config.get(key) is not None:
-            values[field] = config[key]
     if values["position_embedding_type"] == "rope":
-        values["rotary_base"], values["rope_scaling"] = _read_rope(config, file)
+        values.update(_read_rope(family, config, file))
     try:
         return GPTArchitecture(**values)
     except ValidationError as error:
@@ -80,10 +76,9 @@ def hf_config_from_architecture(
     family = family_for_export(architecture, source)
     config: dict[str, Any] = {"architectures": [family.model_class], "model_type": family.model_type}
     for field, keys in family.fields.items():
-        config.update(dict.fromkeys(keys.names, getattr(architecture, field)))
+        value = getattr(architecture, field)
+        config.update(dict.fromkeys(keys.names, value if keys.words is None else keys.words[value]))
     config.update({key: value for key, value in family.only.items() if value is not None})
-    config["num_key_value_heads"] = architecture.num_query_groups
-    config["head_dim"] = architecture.kv_channels
     if architecture.position_embedding_type == "rope":
         config.update(_write_rope(architecture))
     # transformers 5 reads `dtype`; version 4 and other readers of its folders read `torch_dtype`.
@@ -103,28 +98,43 @@ def family_for_export(architecture: GPTArchitecture, source: Mapping[str, Any] |
 
 
 def _read_field(family: Family, field: str, config: Mapping[str, Any], file: Path) -> Any:
-    names, default = family.fields[field].names, family.fields[field].default
-    values = [default if config.get(name) is None else config[name] for name in names]
+    key, names = family.fields[field], family.fields[field].names
+    default = key.default(config) if callable(key.default) else key.default
+    says_nothing = () if key.null else (None,)
+    values = [default if config.get(name, ...) in (*says_nothing, ...) else config[name] for name in names]
     if any(value != values[0] for value in values):
         found = " and ".join(f"{name} is {_show(value)}" for name, value in zip(names, values, strict=True))
         raise UserError(f"{found} in {file}; they are supported only where they are equal.")
-    if values[0] is None:
+    value = values[0]
+    if value is None and not key.null:
         raise UserError(f"{file} has no {names[0]}, which a {family.model_type} model needs.")
-    return values[0]
+    if key.words is None or value is None:
+        return value
+    for ours, theirs in key.words.items():
+        if value == theirs:
+            return ours
+    raise UserError(
+        f"{names[0]} is {_show(value)} in {file}; only {', '.join(_show(word) for word in key.words.values())} are "
+        f"supported for {family.model_type}."
+    )
 
 
-def _read_rope(config: Mapping[str, Any], file: Path) -> tuple[float, RopeScaling | None]:
+def _read_rope(family: Family, config: Mapping[str, Any], file: Path) -> dict[str, Any]:
     key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
     rope = config.get(key) or {}
     if not isinstance(rope, dict):
         raise UserError(f"{key} is {_show(rope)} in {file}; it must be an object.")
     theta = rope.get("rope_theta", config.get("rope_theta"))
-    theta = _THETA if theta is None else float(theta)
-    if rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) not in (None, 1.0):
-        raise UserError(f"partial_rotary_factor is not 1.0 in {file}; only whole heads are rotated.")
+    percent = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    values: dict[str, Any] = {
+        "rotary_base": family.default_theta if theta is None else float(theta),
+        "rotary_percent": 1.0 if percent is None else float(percent),
+    }
+    if values["rotary_percent"] != family.fixed.get("rotary_percent", values["rotary_percent"]):
+        raise UserError(f"partial_rotary_factor is {percent} in {file}; {family.model_type} turns whole heads only.")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
-        return theta, None
+        return values
     if kind != "llama3":
         raise UserError(f"{key}.rope_type is {_show(kind)} in {file}; only default and llama3 are supported.")
     scaling: dict[str, Any] = {name: rope.get(name) for name in _SCALING_KEYS}
@@ -138,21 +148,19 @@ def _read_rope(config: Mapping[str, Any], file: Path) -> tuple[float, RopeScalin
             f"{key}.low_freq_factor is {scaling['low_freq_factor']} in {file}; it must be below high_freq_factor, "
             f"{scaling['high_freq_factor']}."
         )
-    return theta, RopeScaling(**scaling)
+    return values | {"rope_scaling": RopeScaling(**scaling)}
 
 
 def _write_rope(architecture: GPTArchitecture) -> dict[str, Any]:
     """As both versions of transformers spell it: version 5 reads `rope_parameters`, version 4 the other two."""
-    theta, scaling = architecture.rotary_base, architecture.rope_scaling
+    scaling = architecture.rope_scaling
+    both: dict[str, Any] = {"rope_theta": architecture.rotary_base}
+    if architecture.rotary_percent != 1.0:
+        both["partial_rotary_factor"] = architecture.rotary_percent
     if scaling is None:
-        parameters: dict[str, Any] = {"rope_type": "default"}
-        return {"rope_theta": theta, "rope_parameters": parameters | {"rope_theta": theta}}
-    parameters = {"rope_type": "llama3"} | scaling.model_dump()
-    return {
-        "rope_theta": theta,
-        "rope_scaling": parameters,
-        "rope_parameters": parameters | {"rope_theta": theta},
-    }
+        return both | {"rope_parameters": {"rope_type": "default"} | both}
+    parameters: dict[str, Any] = {"rope_type": "llama3"} | scaling.model_dump()
+    return both | {"rope_scaling": parameters, "rope_parameters": parameters | both}
 
 
 def _known_tokens(ids: Any, vocab_size: int) -> Any:

@@ -9,62 +9,70 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megakd.common.errors import UserError
 from megakd.config.architecture import GPTArchitecture
 from megakd.convert.safetensors_folder import SafetensorsFolder
-from megakd.models.sharding import Partition, even_slice
+from megakd.models.sharding import Block, join_blocks
 
 Shape = tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Cut:
-    """Which part of which model a rank reads."""
-
-    architecture: GPTArchitecture
-    tp_rank: int
-    tp_size: int
-    padded_vocab: int
-
-    def of(self, size: int) -> slice:
-        """This rank's part of a dimension."""
-        return even_slice(size, self.tp_rank, self.tp_size)
-
-
 class WeightMapping(Protocol):
-    """Between one parameter and its Hugging Face weights, both ways."""
+    """Between one parameter, whole and padded, and its Hugging Face weights, both ways."""
 
     def hf_shapes(self, shape: Shape, architecture: GPTArchitecture) -> tuple[Shape, ...]:
-        """Shapes of the Hugging Face weights of a parameter whose full (padded) shape is `shape`."""
+        """Shapes of the Hugging Face weights of a parameter of `shape`."""
 
-    def load(self, folder: SafetensorsFolder, hf_names: Sequence[str], partition: Partition, cut: Cut) -> Tensor:
-        """Read this rank's shard, and no more of the files than it needs."""
+    def row_step(self, architecture: GPTArchitecture) -> int:
+        """Blocks of the parameter start and end at multiples of this many rows."""
+
+    def read(
+        self, folder: SafetensorsFolder, hf_names: Sequence[str], block: Block, architecture: GPTArchitecture
+    ) -> Tensor:
+        """Read a block of the parameter, and no more of the files than it needs."""
 
     def export(self, full: Tensor, architecture: GPTArchitecture) -> tuple[Tensor, ...]:
-        """The Hugging Face weights of a full (padded) parameter, possibly views of it."""
+        """The Hugging Face weights of a parameter, possibly views of it."""
 
 
-class Direct:
+@dataclass(frozen=True)
+class _Oriented:
+    """Weights stored [out, in] as megatron-core's are, or [in, out] (`transposed`, transformers' Conv1D)."""
+
+    transposed: bool = False
+
+    def row_step(self, architecture: GPTArchitecture) -> int:
+        """See WeightMapping.row_step."""
+        return 1
+
+    def _turn(self, shape: Shape) -> Shape:
+        return shape[::-1] if self.transposed else shape
+
+    def _read(self, folder: SafetensorsFolder, name: str, block: Block) -> Tensor:
+        if not self.transposed or len(folder.shape(name)) == 1:
+            return folder.read(name, block)
+        columns = block[1] if len(block) > 1 else slice(None)
+        return folder.read(name, (columns, block[0])).t()
+
+    def _write(self, weight: Tensor) -> Tensor:
+        return weight.t() if self.transposed else weight
+
+
+class Direct(_Oriented):
     """One weight, stored alike."""
 
     def hf_shapes(self, shape: Shape, architecture: GPTArchitecture) -> tuple[Shape, ...]:
         """See WeightMapping.hf_shapes."""
-        return (shape,)
+        return (self._turn(shape),)
 
-    def load(self, folder: SafetensorsFolder, hf_names: Sequence[str], partition: Partition, cut: Cut) -> Tensor:
-        """See WeightMapping.load."""
-        (name,) = hf_names
-        if partition is Partition.REPLICATED:
-            return folder.read(name)
-        shape = folder.shape(name)
-        if partition is Partition.COLUMNS:
-            return folder.read(name, (slice(None), cut.of(shape[1])))
-        assert partition is Partition.ROWS
-        return folder.read(name, (cut.of(shape[0]),))
+    def read(
+        self, folder: SafetensorsFolder, hf_names: Sequence[str], block: Block, architecture: GPTArchitecture
+    ) -> Tensor:
+        """See WeightMapping.read."""
+        return self._read(folder, hf_names[0], block)
 
     def export(self, full: Tensor, architecture: GPTArchitecture) -> tuple[Tensor, ...]:
         """See WeightMapping.export."""
-        return (full,)
+        return (self._write(full),)
 
 
 class Vocabulary:
@@ -74,77 +82,101 @@ class Vocabulary:
         """See WeightMapping.hf_shapes."""
         return ((architecture.vocab_size, *shape[1:]),)
 
-    def load(self, folder: SafetensorsFolder, hf_names: Sequence[str], partition: Partition, cut: Cut) -> Tensor:
-        """See WeightMapping.load."""
-        return load_vocabulary(folder, hf_names[0], cut.of(cut.padded_vocab))
+    def row_step(self, architecture: GPTArchitecture) -> int:
+        """See WeightMapping.row_step."""
+        return 1
+
+    def read(
+        self, folder: SafetensorsFolder, hf_names: Sequence[str], block: Block, architecture: GPTArchitecture
+    ) -> Tensor:
+        """See WeightMapping.read."""
+        (name,), rows = hf_names, block[0]
+        vocab_size = folder.shape(name)[0]
+        start, stop = (min(bound, vocab_size) for bound in (rows.start, rows.stop))
+        part = folder.read(name, (slice(start, stop), *block[1:]))
+        missing = (rows.stop - rows.start) - part.shape[0]
+        return torch.cat([part, part.new_zeros(missing, *part.shape[1:])]) if missing else part
 
     def export(self, full: Tensor, architecture: GPTArchitecture) -> tuple[Tensor, ...]:
         """See WeightMapping.export."""
         return (full[: architecture.vocab_size],)
 
 
-def load_vocabulary(folder: SafetensorsFolder, name: str, rows: slice) -> Tensor:
-    """Rows of a weight [v, h]; those beyond its end are zero."""
-    vocab_size = folder.shape(name)[0]
-    start, stop = (min(bound, vocab_size) for bound in (rows.start, rows.stop))
-    part = folder.read(name, (slice(start, stop),))
-    missing = (rows.stop - rows.start) - part.shape[0]
-    return torch.cat([part, part.new_zeros(missing, *part.shape[1:])]) if missing else part
+@dataclass(frozen=True)
+class GroupedQKV(_Oriented):
+    """q, k and v, three weights or one after the other in one (`fused`), stored by query group: its q heads, its k
+    head, its v head.
+    """
 
-
-class GroupedQKV:
-    """q, k and v [rows, ...], stored by query group: its q heads, its k head, its v head."""
+    fused: bool = False
 
     def hf_shapes(self, shape: Shape, architecture: GPTArchitecture) -> tuple[Shape, ...]:
         """See WeightMapping.hf_shapes."""
-        query, key = self._rows(architecture)
-        return (query, *shape[1:]), (key, *shape[1:]), (key, *shape[1:])
+        sizes = [architecture.num_query_groups * rows for rows in self._rows_in_group(architecture)]
+        if self.fused:
+            return (self._turn((sum(sizes), *shape[1:])),)
+        return tuple(self._turn((size, *shape[1:])) for size in sizes)
 
-    def load(self, folder: SafetensorsFolder, hf_names: Sequence[str], partition: Partition, cut: Cut) -> Tensor:
-        """See WeightMapping.load.
+    def row_step(self, architecture: GPTArchitecture) -> int:
+        """See WeightMapping.row_step."""
+        return sum(self._rows_in_group(architecture))
+
+    def read(
+        self, folder: SafetensorsFolder, hf_names: Sequence[str], block: Block, architecture: GPTArchitecture
+    ) -> Tensor:
+        """See WeightMapping.read.
 
         Raises:
-            UserError: the query groups do not divide over the tensor ranks.
+            ValueError: the block cuts a query group.
         """
-        groups = cut.architecture.num_query_groups
-        if groups % cut.tp_size:
-            raise UserError(
-                f"parallel.tensor_model_parallel_size is {cut.tp_size}; it must divide the model's num_query_groups "
-                f"({groups})."
-            )
-        # A block of consecutive groups is a block of consecutive rows in q, in k and in v.
-        query, key = self._rows(cut.architecture)
-        parts = [folder.read(name, (cut.of(rows),)) for name, rows in zip(hf_names, (query, key, key), strict=True)]
-        local = groups // cut.tp_size
-        blocks = [part.reshape(local, -1, cut.architecture.kv_channels, *part.shape[1:]) for part in parts]
-        joined = torch.cat(blocks, dim=1)
-        return joined.reshape(-1, *joined.shape[3:])
+        step = self.row_step(architecture)
+        (first, cut), (last, cut_too) = divmod(block[0].start, step), divmod(block[0].stop, step)
+        if cut or cut_too:
+            raise ValueError(f"rows {block[0].start} to {block[0].stop} cut a query group of {step} rows")
+        parts, offset = [], 0
+        for index, rows in enumerate(self._rows_in_group(architecture)):
+            # A block of consecutive groups is a block of consecutive rows in q, in k and in v.
+            part = slice(offset + first * rows, offset + last * rows)
+            strip = self._read(folder, hf_names[0 if self.fused else index], (part, *block[1:]))
+            parts.append(strip.reshape(last - first, rows, *strip.shape[1:]))
+            offset += architecture.num_query_groups * rows if self.fused else 0
+        return torch.cat(parts, dim=1).flatten(0, 1)
 
     def export(self, full: Tensor, architecture: GPTArchitecture) -> tuple[Tensor, ...]:
         """See WeightMapping.export."""
-        heads = architecture.num_attention_heads // architecture.num_query_groups
-        blocks = full.reshape(architecture.num_query_groups, heads + 2, architecture.kv_channels, *full.shape[1:])
-        return tuple(part.flatten(0, 2) for part in torch.split(blocks, [heads, 1, 1], dim=1))
+        rows = self._rows_in_group(architecture)
+        groups = full.reshape(architecture.num_query_groups, sum(rows), *full.shape[1:])
+        strips = [strip.flatten(0, 1) for strip in torch.split(groups, rows, dim=1)]
+        if self.fused:
+            return (self._write(torch.cat(strips)),)
+        return tuple(self._write(strip) for strip in strips)
 
     @staticmethod
-    def _rows(architecture: GPTArchitecture) -> tuple[int, int]:
+    def _rows_in_group(architecture: GPTArchitecture) -> list[int]:
         each = architecture.kv_channels
-        return architecture.num_attention_heads * each, architecture.num_query_groups * each
+        return [architecture.num_attention_heads // architecture.num_query_groups * each, each, each]
 
 
-class GatedMLP:
+class GatedMLP(_Oriented):
     """Gate and up projections [f, ...], stored as [gate; up]."""
 
     def hf_shapes(self, shape: Shape, architecture: GPTArchitecture) -> tuple[Shape, ...]:
         """See WeightMapping.hf_shapes."""
-        half = (shape[0] // 2, *shape[1:])
+        half = self._turn((shape[0] // 2, *shape[1:]))
         return half, half
 
-    def load(self, folder: SafetensorsFolder, hf_names: Sequence[str], partition: Partition, cut: Cut) -> Tensor:
-        """See WeightMapping.load."""
-        rows = cut.of(cut.architecture.ffn_hidden_size)
-        return torch.cat([folder.read(name, (rows,)) for name in hf_names])
+    def read(
+        self, folder: SafetensorsFolder, hf_names: Sequence[str], block: Block, architecture: GPTArchitecture
+    ) -> Tensor:
+        """See WeightMapping.read."""
+        half, parts = architecture.ffn_hidden_size, []
+        for index, name in enumerate(hf_names):
+            start, stop = (min(max(bound - index * half, 0), half) for bound in (block[0].start, block[0].stop))
+            if start < stop:
+                parts.append(self._read(folder, name, (slice(start, stop), *block[1:])))
+        return join_blocks(parts)
 
     def export(self, full: Tensor, architecture: GPTArchitecture) -> tuple[Tensor, ...]:
         """See WeightMapping.export."""
-        return full.chunk(2)
+        gate, up = full.chunk(2)
+        return self._write(gate), self._write(up)

@@ -19,11 +19,14 @@ INDEX_FILE = "model.safetensors.index.json"
 class SafetensorsFolder:
     """Weights by name; a file is mapped when first asked for and only its header and the slices asked for are read.
 
+    Args:
+        prefix: what every weight's name should begin with; where none does, the folder's names are taken without it.
+
     Raises:
         UserError: the folder, a file or a weight is missing or damaged, or the weights are pickled.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, prefix: str = "") -> None:
         self.path = Path(path)
         if not self.path.is_dir():
             raise UserError(f"{self.path} is not a folder. Give a local Hugging Face folder with {SINGLE_FILE}.")
@@ -36,6 +39,8 @@ class SafetensorsFolder:
             self._file_of = self._read_index()
         else:
             raise UserError(self._no_safetensors())
+        bare = not any(name.startswith(prefix) for name in self._file_of)
+        self._stored_name = {(prefix if bare else "") + name: name for name in self._file_of}
 
     def __enter__(self) -> SafetensorsFolder:
         return self
@@ -48,7 +53,7 @@ class SafetensorsFolder:
     @property
     def names(self) -> list[str]:
         """Names of all weights."""
-        return list(self._file_of)
+        return list(self._stored_name)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a weight, from its file's header."""
@@ -64,9 +69,10 @@ class SafetensorsFolder:
         return part
 
     def _slice(self, name: str) -> Any:
-        if name not in self._file_of:
-            raise UserError(f"{self.path} has no weight {name}.{nearest(name, self._file_of)}")
-        return self._open(self._file_of[name]).get_slice(name)
+        if name not in self._stored_name:
+            raise UserError(f"{self.path} has no weight {name}.{nearest(name, self._stored_name)}")
+        stored = self._stored_name[name]
+        return self._open(self._file_of[stored]).get_slice(stored)
 
     def _open(self, file: str) -> Any:
         if file not in self._handles:

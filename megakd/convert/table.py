@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from megakd.convert.mappings import WeightMapping
 from megakd.models.sharding import layer_of
+
+Value = int | float | bool | str | None
 
 
 @dataclass(frozen=True)
@@ -27,11 +30,18 @@ class Row:
 class ConfigKey:
     """The keys of config.json that hold one field of the architecture; several must hold the same value.
 
-    `default` is the family's own for an absent key, None where a model without it cannot be read.
+    Args:
+        default: the family's own for an absent key, possibly computed from the rest of config.json; None where a model
+            without it cannot be read.
+        null: an explicit null says something, which is what GPTArchitecture takes for a field not given; otherwise it
+            is as if the key were absent.
+        words: config.json's word for each value of the field, where they differ.
     """
 
     names: tuple[str, ...]
-    default: int | float | bool | None = None
+    default: Value | Callable[[Mapping[str, Any]], Value] = None
+    null: bool = False
+    words: Mapping[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -42,10 +52,13 @@ class Family:
         model_type: config.json's `model_type`.
         model_class: config.json's `architectures`.
         fields: architecture fields that config.json holds.
-        fixed: architecture fields that every model of the family shares.
+        fixed: architecture fields that every model of the family shares. Where neither `fields` nor this has
+            `num_query_groups` or `kv_channels`, they follow from heads and hidden size.
         only: keys of config.json of which one value is expressed exactly; an absent key means it.
         rows: weights, one row per parameter.
         ignored: patterns of weights that hold nothing learnt.
+        base_prefix: what names of weights begin with, and lack in folders saved without the output layer.
+        default_theta: rope's base where config.json gives none.
         heads_divide_hidden_size: transformers refuses a config.json where hidden_size is no multiple of the heads.
     """
 
@@ -56,6 +69,8 @@ class Family:
     only: Mapping[str, object]
     rows: tuple[Row, ...]
     ignored: tuple[str, ...] = ()
+    base_prefix: str = "model."
+    default_theta: float = 10000.0
     heads_divide_hidden_size: bool = False
 
     def row_of(self, name: str) -> Row:

@@ -1,4 +1,4 @@
-"""Core attention on torch's scaled_dot_product_attention: flash kernels on GPU, blocked on CPU, no s x s matrix."""
+"""Core attention on torch's scaled_dot_product_attention: flash kernels on GPU, blocked on CPU, no s x s scores."""
 
 from __future__ import annotations
 
@@ -11,8 +11,17 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 
+def _band(length: int, window: int, device: torch.device) -> Tensor | None:
+    """Which of the tokens before it, itself included, each token attends to: bool [s, s]; None where it is all."""
+    if length <= window:
+        return None
+    positions = torch.arange(length, device=device)
+    distance = positions[:, None] - positions
+    return (distance >= 0) & (distance < window)
+
+
 class ScaledDotProductAttention(torch.nn.Module):
-    """Causal attention within each sequence of the batch, grouped queries included.
+    """Causal attention within each sequence of the batch, grouped queries and sliding windows included.
 
     Raises:
         ValueError: a mask, a bias or packing that only other cores of attention handle.
@@ -35,6 +44,7 @@ class ScaledDotProductAttention(torch.nn.Module):
         if attn_mask_type is not AttnMaskType.causal or attention_type != "self":
             raise ValueError(f"the local attention is causal self-attention, not {attn_mask_type} {attention_type}")
         self.softmax_scale = softmax_scale
+        self.window = None if config.window_size is None else config.window_size[0] + 1
 
     def forward(
         self,
@@ -58,7 +68,8 @@ class ScaledDotProductAttention(torch.nn.Module):
         if attention_mask is not None or attention_bias is not None or packed_seq_params is not None:
             raise ValueError("the local attention takes no mask, bias or packing")
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        mask = None if self.window is None else _band(len(query), self.window, query.device)
         out = torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=q.shape[1] != k.shape[1]
+            q, k, v, mask, is_causal=mask is None, scale=self.softmax_scale, enable_gqa=q.shape[1] != k.shape[1]
         )
         return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)

@@ -132,6 +132,7 @@ def build_gpt(
         share_embeddings_and_output_weights=architecture.share_embeddings_and_output_weights,
         position_embedding_type=architecture.position_embedding_type,
         rotary_base=architecture.rotary_base,  # type: ignore[arg-type]
+        rotary_percent=architecture.rotary_percent,
         pg_collection=mesh.groups,
     )
     if architecture.position_embedding_type == "rope" and architecture.rope_scaling is not None:
@@ -183,6 +184,8 @@ def transformer_config(
         add_bias_linear=architecture.add_bias_linear,
         add_qkv_bias=architecture.add_qkv_bias,
         qk_layernorm=architecture.qk_layernorm,
+        # megatron-core counts the tokens to the left and to the right of a token, itself not included.
+        window_size=None if architecture.sliding_window is None else (architecture.sliding_window - 1, 0),
         init_method_std=architecture.init_method_std,
         attention_dropout=0.0,
         hidden_dropout=0.0,

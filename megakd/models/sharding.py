@@ -59,6 +59,11 @@ def canonical_name(module_name: str, layer_offset: int) -> str:
     return f"decoder.layers.{int(match[1]) + layer_offset}.{rest}"
 
 
+def in_layer(name: str, layer: int) -> str:
+    """The canonical name of the same parameter in another layer."""
+    return _LAYER.sub(f"decoder.layers.{layer}.", name)
+
+
 def layer_of(name: str) -> int | None:
     """Global layer number in a canonical name, None for a parameter outside the layers."""
     match = _LAYER.match(name)
@@ -90,19 +95,40 @@ def even_slice(size: int, tp_rank: int, tp_size: int) -> slice:
     return slice(tp_rank * each, (tp_rank + 1) * each)
 
 
+Block = tuple[slice, ...]
+"""A block of a parameter: rows, or rows and columns, each with its bounds."""
+
+
+def shard_blocks(partition: Partition, shape: Sequence[int], tp_rank: int, tp_size: int) -> list[Block]:
+    """The blocks of a full (padded) parameter that make a tensor rank's shard, one after the other along the rows.
+
+    Raises:
+        ValueError: the parameter does not divide by the tensor-parallel size.
+    """
+    rows = slice(0, shape[0])
+    if partition is Partition.REPLICATED or tp_size == 1:
+        return [(rows,)]
+    if partition is Partition.COLUMNS:
+        return [(rows, even_slice(shape[1], tp_rank, tp_size))]
+    if partition is Partition.GATED_ROWS:
+        half = shape[0] // 2
+        gate = even_slice(half, tp_rank, tp_size)
+        return [(gate,), (slice(half + gate.start, half + gate.stop),)]
+    return [(even_slice(shape[0], tp_rank, tp_size),)]
+
+
 def take_shard(full: Tensor, partition: Partition, tp_rank: int, tp_size: int) -> Tensor:
     """The shard of a full (padded) parameter that a tensor rank holds; a view where the shard is one block.
 
     Raises:
         ValueError: the parameter does not divide by the tensor-parallel size.
     """
-    if partition is Partition.REPLICATED or tp_size == 1:
-        return full
-    if partition is Partition.COLUMNS:
-        return full[:, even_slice(full.shape[1], tp_rank, tp_size)]
-    if partition is Partition.GATED_ROWS:
-        return torch.cat([half[even_slice(half.shape[0], tp_rank, tp_size)] for half in full.chunk(2)])
-    return full[even_slice(full.shape[0], tp_rank, tp_size)]
+    return join_blocks([full[block] for block in shard_blocks(partition, full.shape, tp_rank, tp_size)])
+
+
+def join_blocks(blocks: Sequence[Tensor]) -> Tensor:
+    """A shard from its blocks."""
+    return blocks[0] if len(blocks) == 1 else torch.cat(list(blocks))
 
 
 def join_shards(shards: Sequence[Tensor], partition: Partition) -> Tensor:

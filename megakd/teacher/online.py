@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megakd.config.architecture import GPTArchitecture
-from megakd.convert import load_hf_head, load_hf_weights
+from megakd.convert import load_head, load_weights
 from megakd.losses import DenseSignal
 from megakd.models.gpt import HiddenStateGPT, build_gpt
 from megakd.models.parameters import canonical_parameters
@@ -76,10 +76,10 @@ def build_online_teacher(
     model = build_gpt(
         architecture, mesh, dtype=dtype, layer_spec=layer_spec, sequence_parallel=sequence_parallel, head=False
     )
-    load_hf_weights(canonical_parameters(model).items(), path, architecture, tp_rank=mesh.tp_rank, tp_size=mesh.tp_size)
+    load_weights(canonical_parameters(model).items(), path, architecture, tp_rank=mesh.tp_rank, tp_size=mesh.tp_size)
     head = None
     if mesh.is_last_stage:
-        head = load_hf_head(
+        head = load_head(
             path,
             tp_rank=mesh.tp_rank,
             tp_size=mesh.tp_size,

@@ -14,7 +14,7 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 
 from megakd.config.architecture import GPTArchitecture
 from megakd.config.schema import Config, OptimizerSection
-from megakd.convert import load_hf_weights
+from megakd.convert import load_weights
 from megakd.models.gpt import HiddenStateGPT, build_gpt
 from megakd.models.parameters import canonical_parameters
 from megakd.models.sharding import padded_vocab_size
@@ -68,7 +68,7 @@ def build_student(config: Config, mesh: ModelMesh, layer_spec: str) -> Student:
         seed=config.run.seed if init is None else None,
     )
     if init is not None:
-        load_hf_weights(
+        load_weights(
             canonical_parameters(model).items(),
             init.path,
             architecture,

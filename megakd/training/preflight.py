@@ -9,7 +9,7 @@ from megakd.common.errors import UserError
 from megakd.common.logging import log
 from megakd.config.checks import check_architecture, check_config
 from megakd.config.schema import Config
-from megakd.convert import check_can_export, check_hf_weights, read_hf_config
+from megakd.convert import check_can_export, check_weights, read_hf_config
 from megakd.convert.hf_config import family_for_export
 from megakd.data.fingerprint import check_same_tokenizer, read_metadata
 from megakd.platform import detect_accelerations, resolve_layer_spec
@@ -50,11 +50,11 @@ def check_models(config: Config) -> None:
         "student", student_architecture(config), parallel, length, has_stage_split=True, divisible_by=divisible_by
     )
     if config.student.init is not None:
-        check_hf_weights(config.student.init.path, student_architecture(config), config.student.init.layers)
+        check_weights(config.student.init.path, student_architecture(config), config.student.init.layers)
     if config.teacher is not None:
         teacher = teacher_architecture(config)
         check_architecture("teacher", teacher, parallel, length, has_stage_split=False)
-        check_hf_weights(config.teacher.path, teacher)
+        check_weights(config.teacher.path, teacher)
 
 
 def _check_data(config: Config) -> None:

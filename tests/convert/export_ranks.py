@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megakd.common.errors import UserError
-from megakd.convert import architecture_from_hf, export_hf, load_hf_weights, shard_writer
+from megakd.convert import architecture_from_hf, export_hf, load_weights, shard_writer
 from megakd.models.sharding import layer_of, parameter_shapes, shard_of, take_shard
 
 
@@ -29,7 +29,7 @@ def stage_parameters(
         holder = layer * stages // architecture.num_layers if layer is not None else 0 if first else stages - 1
         if holder == stage:
             parameters[name] = take_shard(torch.empty(shape), shard_of(name, architecture), 0, tp_size).clone()
-    load_hf_weights(parameters.items(), path, architecture, tp_rank=tp_rank, tp_size=tp_size)
+    load_weights(parameters.items(), path, architecture, tp_rank=tp_rank, tp_size=tp_size)
     return parameters
 
 

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megakd.common.errors import UserError
-from megakd.convert import architecture_from_hf, check_hf_weights, export_hf
+from megakd.convert import architecture_from_hf, check_weights, export_hf
 from megakd.convert.safetensors_folder import SafetensorsFolder
 from tests.convert.export_ranks import export_from_ranks, export_with_failing_disk, stage_parameters
 from tests.convert.llama_models import ALL_HEADS, GROUPED, save_llama
@@ -148,7 +148,7 @@ def test_export_from_ranks_is_exact(
     save_llama(source, torch.bfloat16, **MODELS[model])
     assert run_ranks(4, export_from_ranks, source, out, tp_size, stages, 20_000) == ["written"] * 4
     assert_same_weights(out, source)
-    check_hf_weights(out, architecture_from_hf(source))
+    check_weights(out, architecture_from_hf(source))
     assert architecture_from_hf(out) == architecture_from_hf(source)
 
 

@@ -106,7 +106,7 @@ def test_both_biases_are_read(tmp_path: Path) -> None:
         ({"rope_scaling": {"rope_type": "yarn"}}, 'rope_scaling.rope_type is "yarn" in .*; only default and llama3'),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, 'rope_scaling.rope_type is "linear"'),
         ({"rope_scaling": {"rope_type": "llama3"}}, "rope_scaling.factor is null in .*; rope_type llama3 needs"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is not 1.0"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5 in .*; llama turns whole heads only"),
         ({"num_hidden_layers": ...}, "has no num_hidden_layers, which a llama model needs"),
         ({"num_key_value_heads": 3}, r"num_attention_heads \(8\) must be a multiple of num_query_groups \(3\)"),
         ({"hidden_size": "wide"}, "hidden_size Input should be a valid integer"),

@@ -21,7 +21,7 @@ def full_logits(
     seed: int | None = None,
 ) -> Tensor:
     """Logits [b, s, v] on every rank, from a Hugging Face folder or from a seed."""
-    from megakd.convert import load_hf_weights
+    from megakd.convert import load_weights
     from megakd.models.gpt import build_gpt
     from megakd.models.parameters import canonical_parameters
     from megakd.parallel.mesh import GroupPool, build_model_mesh
@@ -35,7 +35,7 @@ def full_logits(
         num_layers_in_first_pipeline_stage=first_stage, seed=seed,
     )  # fmt: skip
     if path is not None:
-        load_hf_weights(
+        load_weights(
             canonical_parameters(model).items(), path, architecture, tp_rank=mesh.tp_rank, tp_size=mesh.tp_size
         )
 

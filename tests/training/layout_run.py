@@ -127,7 +127,7 @@ def run_layout(layout: Layout, student_path: str, teacher_path: str) -> LayoutRe
 
 def gather_gradients(student) -> dict[str, torch.Tensor]:
     """Full gradients by Hugging Face name, on every rank."""
-    from megakd.convert.llama import LLAMA
+    from megakd.convert.families.llama import LLAMA
     from megakd.models.parameters import canonical_parameters
     from megakd.models.sharding import join_shards, layer_of, shard_of
 

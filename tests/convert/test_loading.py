@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megakd.common.errors import UserError
-from megakd.convert import architecture_from_hf, check_hf_weights, load_hf_head, load_hf_weights
+from megakd.convert import architecture_from_hf, check_weights, load_head, load_weights
 from megakd.convert.safetensors_folder import SafetensorsFolder
 from megakd.models.sharding import parameter_shapes, shard_of, take_shard
 from tests.convert.llama_models import ALL_HEADS, GROUPED, megatron_shard, save_llama
@@ -31,7 +31,7 @@ def load(path: Path, tp_rank: int, tp_size: int, dtype: torch.dtype = torch.floa
         name: take_shard(torch.full(shape, torch.nan, dtype=dtype), shard_of(name, architecture), 0, tp_size).clone()
         for name, shape in shapes.items()
     }
-    load_hf_weights(parameters.items(), path, architecture, tp_rank=tp_rank, tp_size=tp_size)
+    load_weights(parameters.items(), path, architecture, tp_rank=tp_rank, tp_size=tp_size)
     return parameters
 
 
@@ -70,9 +70,9 @@ def test_a_rank_reads_no_more_than_its_shard(tmp_path: Path, monkeypatch: pytest
 def test_depth_pruning_takes_the_mapped_layers(tmp_path: Path) -> None:
     hf = save_llama(tmp_path)
     pruned = architecture_from_hf(tmp_path).model_copy(update={"num_layers": 2})
-    check_hf_weights(tmp_path, pruned, [2, 0])
+    check_weights(tmp_path, pruned, [2, 0])
     parameters = {name: torch.empty(shape) for name, shape in parameter_shapes(pruned, 128).items()}
-    load_hf_weights(parameters.items(), tmp_path, pruned, tp_rank=0, tp_size=1, layer_map=[2, 0])
+    load_weights(parameters.items(), tmp_path, pruned, tp_rank=0, tp_size=1, layer_map=[2, 0])
     for target, source in ((0, 2), (1, 0)):
         down = hf.model.layers[source].mlp.down_proj.weight
         assert torch.equal(parameters[f"decoder.layers.{target}.mlp.linear_fc2.weight"], down)
@@ -83,7 +83,7 @@ def test_depth_pruning_takes_the_mapped_layers(tmp_path: Path) -> None:
 def test_head_in_another_vocabulary_partition(tmp_path: Path, tied: bool, padded_vocab: int) -> None:
     hf = save_llama(tmp_path, tie_word_embeddings=tied)
     parts = [
-        load_hf_head(tmp_path, tp_rank=r, tp_size=4, padded_vocab=padded_vocab, dtype=torch.bfloat16, device="cpu")
+        load_head(tmp_path, tp_rank=r, tp_size=4, padded_vocab=padded_vocab, dtype=torch.bfloat16, device="cpu")
         for r in range(4)
     ]
     known = min(padded_vocab, 130)
@@ -103,19 +103,19 @@ def test_a_parameter_of_another_shape_is_named(tmp_path: Path) -> None:
     save_llama(tmp_path)
     parameters = [("decoder.final_layernorm.weight", torch.empty(16))]
     with pytest.raises(UserError, match=r"decoder.final_layernorm.weight the shape \[32\] .* needs \[16\]"):
-        load_hf_weights(parameters, tmp_path, architecture_from_hf(tmp_path), tp_rank=0, tp_size=1)
+        load_weights(parameters, tmp_path, architecture_from_hf(tmp_path), tp_rank=0, tp_size=1)
 
 
 def test_layer_map_of_another_length_is_refused(tmp_path: Path) -> None:
     save_llama(tmp_path)
     with pytest.raises(UserError, match="2 layers of .* for a model of num_layers 3"):
-        check_hf_weights(tmp_path, architecture_from_hf(tmp_path), [0, 1])
+        check_weights(tmp_path, architecture_from_hf(tmp_path), [0, 1])
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_a_whole_folder_passes_the_check(tmp_path: Path, model: str) -> None:
     save_llama(tmp_path, **MODELS[model])
-    check_hf_weights(tmp_path, architecture_from_hf(tmp_path))
+    check_weights(tmp_path, architecture_from_hf(tmp_path))
 
 
 def edited(path: Path, **changes: torch.Tensor | None) -> None:
@@ -152,7 +152,7 @@ def test_check_names_the_weight(tmp_path: Path, changes: dict[str, torch.Tensor 
     save_llama(tmp_path)
     edited(tmp_path, **changes)
     with pytest.raises(UserError, match=message) as caught:
-        check_hf_weights(tmp_path, architecture_from_hf(tmp_path))
+        check_weights(tmp_path, architecture_from_hf(tmp_path))
     assert "\n" not in str(caught.value)
 
 
@@ -163,7 +163,7 @@ def test_buffers_and_the_head_of_a_tied_model_are_passed_over(tmp_path: Path) ->
         model__layers__0__self_attn__rotary_emb__inv_freq=torch.zeros(2),
         lm_head__weight=torch.zeros(130, 32),
     )
-    check_hf_weights(tmp_path, architecture_from_hf(tmp_path))
+    check_weights(tmp_path, architecture_from_hf(tmp_path))
 
 
 def test_config_that_asks_for_more_layers_than_are_stored(tmp_path: Path) -> None:
@@ -171,4 +171,4 @@ def test_config_that_asks_for_more_layers_than_are_stored(tmp_path: Path) -> Non
     file = tmp_path / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"num_hidden_layers": 4}))
     with pytest.raises(UserError, match="has no weight model.layers.3.input_layernorm.weight"):
-        check_hf_weights(tmp_path, architecture_from_hf(tmp_path))
+        check_weights(tmp_path, architecture_from_hf(tmp_path))

@@ -8,10 +8,14 @@ from typing import Any
 
 from megakd.common.errors import UserError
 from megakd.config.architecture import GPTArchitecture
-from megakd.convert.llama import LLAMA
+from megakd.convert.families.gpt2 import GPT2
+from megakd.convert.families.llama import LLAMA
+from megakd.convert.families.mistral import MISTRAL
+from megakd.convert.families.phi3 import PHI3
+from megakd.convert.families.qwen import QWEN2, QWEN3
 from megakd.convert.table import Family
 
-FAMILIES: tuple[Family, ...] = (LLAMA,)
+FAMILIES: tuple[Family, ...] = (LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, GPT2)
 
 
 def family_of_config(config: Mapping[str, Any], path: str | Path) -> Family:
@@ -51,6 +55,10 @@ def cannot_express(family: Family, architecture: GPTArchitecture) -> str | None:
         if found != value and not (field == "add_qkv_bias" and architecture.add_bias_linear):
             return f"{family.model_type} needs {field} {value} and it is {found}"
     hidden, heads = architecture.hidden_size, architecture.num_attention_heads
+    if "kv_channels" not in family.fields and architecture.kv_channels * heads != hidden:
+        return f"{family.model_type} needs kv_channels ({architecture.kv_channels}) to be hidden_size / heads"
+    if "num_query_groups" not in family.fields and architecture.num_query_groups != heads:
+        return f"{family.model_type} needs as many query groups ({architecture.num_query_groups}) as heads ({heads})"
     if family.heads_divide_hidden_size and hidden % heads:
         return f"{family.model_type} needs hidden_size ({hidden}) to be a multiple of num_attention_heads ({heads})"
     return None

@@ -1,0 +1,106 @@
+"""A Hugging Face folder's weights as megatron-core's parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from megakd.common.errors import UserError, nearest
+from megakd.config.architecture import GPTArchitecture
+from megakd.convert.families import family_of_config
+from megakd.convert.hf_config import architecture_from_hf, read_hf_config
+from megakd.convert.mappings import Shape
+from megakd.convert.safetensors_folder import SafetensorsFolder
+from megakd.convert.source import show_shape, source_name, stored_name
+from megakd.convert.table import Row
+from megakd.models.sharding import OUTPUT_LAYER, Block, layer_of, parameter_shapes
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class HFWeights:
+    """See WeightSource. Files are mapped, and only the slices asked for are read.
+
+    Raises:
+        UserError: the folder is missing or damaged, its family has no table, or its weights are pickled.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.architecture = architecture_from_hf(path)
+        self.family = family_of_config(read_hf_config(path), self.path / "config.json")
+        self.folder = SafetensorsFolder(path, self.family.base_prefix)
+
+    def __enter__(self) -> HFWeights:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.folder.__exit__(kind, error, trace)
+
+    def read(self, name: str, block: Block) -> Tensor:
+        """See WeightSource.read."""
+        row, hf_names = self._row(name)
+        return row.mapping.read(self.folder, hf_names, block, self.architecture)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """See WeightSource.dtype."""
+        _, hf_names = self._row(name)
+        found = dict.fromkeys(self.folder.dtype(hf_name) for hf_name in hf_names)
+        if len(found) > 1:
+            raise UserError(
+                f"{', '.join(hf_names)} in {self.path} are stored as {' and '.join(found)}, and are one parameter "
+                "here. Save the folder again in one dtype."
+            )
+        return DTYPES[next(iter(found))]
+
+    def row_step(self, name: str) -> int:
+        """Blocks of a parameter start and end at multiples of this many rows."""
+        return self._row(name)[0].mapping.row_step(self.architecture)
+
+    def origin(self, name: str) -> str:
+        """See WeightSource.origin."""
+        return ", ".join(self._row(name)[1])
+
+    def check(self, architecture: GPTArchitecture, layer_map: Sequence[int] | None = None) -> None:
+        """See WeightSource.check."""
+        present = set(self.folder.names)
+        for name, shape in self._expected(architecture, layer_map).items():
+            if name not in present:
+                raise UserError(
+                    f"{self.path} has no weight {name}, of shape {show_shape(shape)}.{nearest(name, present)}"
+                )
+            if self.folder.shape(name) != shape:
+                raise UserError(
+                    f"{name} in {self.path} has the shape {show_shape(self.folder.shape(name))}; config.json means "
+                    f"{show_shape(shape)}."
+                )
+            if self.folder.dtype(name) not in DTYPES:
+                raise UserError(
+                    f"{name} in {self.path} is stored as {self.folder.dtype(name)}; it must be {', '.join(DTYPES)}."
+                )
+        known = set(self._expected(self.architecture, None))
+        if self.architecture.share_embeddings_and_output_weights:
+            known.update(self.family.row_of(OUTPUT_LAYER).hf_names(None))
+        for name in sorted(present - known):
+            if not self.family.ignores(name):
+                raise UserError(
+                    f"{self.path} has the weight {name}, which a {self.family.model_type} model of its config.json "
+                    f"does not.{nearest(name, known)}"
+                )
+
+    def _row(self, name: str) -> tuple[Row, tuple[str, ...]]:
+        row = self.family.row_of(stored_name(name, self.architecture))
+        return row, row.hf_names(layer_of(name))
+
+    def _expected(self, architecture: GPTArchitecture, layer_map: Sequence[int] | None) -> dict[str, Shape]:
+        shapes: dict[str, Shape] = {}
+        for name, full in parameter_shapes(architecture, divisible_by=1).items():
+            row, hf_names = self._row(source_name(name, layer_map))
+            shapes.update(zip(hf_names, row.mapping.hf_shapes(full, architecture), strict=True))
+        return shapes
