@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "megakd"
 ROWS = [
     {"common"},
     {"config"},
+    {"parameters", "torch_dist"},
     {"platform"},
     {"parallel"},
     {"models", "losses", "data"},

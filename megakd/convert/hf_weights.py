@@ -14,12 +14,10 @@ from megakd.config.architecture import GPTArchitecture
 from megakd.convert.families import family_of_config
 from megakd.convert.hf_config import architecture_from_hf, read_hf_config
 from megakd.convert.mappings import Shape
-from megakd.convert.safetensors_folder import SafetensorsFolder
+from megakd.convert.safetensors_folder import DTYPES, SafetensorsFolder
 from megakd.convert.source import show_shape, source_name, stored_name
 from megakd.convert.table import Row
-from megakd.models.sharding import OUTPUT_LAYER, Block, layer_of, parameter_shapes
-
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+from megakd.parameters.sharding import OUTPUT_LAYER, Block, layer_of, parameter_shapes
 
 
 class HFWeights:
@@ -101,6 +99,5 @@ class HFWeights:
     def _expected(self, architecture: GPTArchitecture, layer_map: Sequence[int] | None) -> dict[str, Shape]:
         shapes: dict[str, Shape] = {}
         for name, full in parameter_shapes(architecture, divisible_by=1).items():
-            row, hf_names = self._row(source_name(name, layer_map))
-            shapes.update(zip(hf_names, row.mapping.hf_shapes(full, architecture), strict=True))
+            shapes.update(self.family.hf_shapes(source_name(name, layer_map), full, architecture))
         return shapes

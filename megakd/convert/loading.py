@@ -11,8 +11,9 @@ from torch import Tensor
 from megakd.common.errors import UserError
 from megakd.config.architecture import GPTArchitecture
 from megakd.convert.hf_weights import HFWeights
+from megakd.convert.megatron_weights import MegatronWeights
 from megakd.convert.source import show_shape, source_name
-from megakd.models.sharding import (
+from megakd.parameters.sharding import (
     OUTPUT_LAYER,
     WORD_EMBEDDINGS,
     even_slice,
@@ -21,15 +22,16 @@ from megakd.models.sharding import (
     shard_blocks,
     shard_of,
 )
+from megakd.torch_dist import checkpoint_folder
 
 
-def open_weights(path: str | Path) -> HFWeights:
-    """A model on disk.
+def open_weights(path: str | Path) -> HFWeights | MegatronWeights:
+    """A model on disk, in Hugging Face's format or in megatron-core's.
 
     Raises:
         UserError: it cannot be read.
     """
-    return HFWeights(path)
+    return HFWeights(path) if checkpoint_folder(path) is None else MegatronWeights(path)
 
 
 @torch.no_grad()
@@ -47,7 +49,7 @@ def load_weights(
 
     Args:
         parameters: (canonical name, this rank's shard); any subset of the model's.
-        path: a Hugging Face folder.
+        path: a Hugging Face folder, or a Megatron checkpoint with config.json beside it.
         architecture: the model's that is filled, not the folder's where layers are left out.
         divisible_by: the vocabulary is padded to a multiple of it.
         layer_map: the folder's layer for each layer of the model (depth pruning); None for the same.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megakd.config.architecture import GPTArchitecture
 from megakd.convert.safetensors_folder import SafetensorsFolder
-from megakd.models.sharding import Block, join_blocks
+from megakd.parameters.sharding import Block, join_blocks
 
 Shape = tuple[int, ...]
 

@@ -1,36 +1,25 @@
-"""A Hugging Face folder written weight by weight: a temporary folder beside, renamed when it is whole."""
+"""A Hugging Face folder written weight by weight, straight to its place in its file."""
 
 from __future__ import annotations
 
 import json
+import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from megakd.common.errors import UserError
-from megakd.common.logging import log
-from megakd.convert.safetensors_folder import INDEX_FILE, SINGLE_FILE
+from megakd.convert.mappings import Shape
+from megakd.convert.output_folder import OutputFolder, check_replaceable
+from megakd.convert.safetensors_folder import DTYPES, INDEX_FILE, SINGLE_FILE
 
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-
-
-_OTHER_FILES = ("config.json", "generation_config.json", INDEX_FILE)
+# Linux takes several times as long for one write of tens of megabytes, or for writes that end within a page (ext4).
+_WRITE_BYTES = 2**20
+_WORDS = {dtype: word for word, dtype in DTYPES.items()}
 
 
 def check_can_export(out_dir: str | Path, *sources: str | Path | None) -> None:
@@ -39,110 +28,121 @@ def check_can_export(out_dir: str | Path, *sources: str | Path | None) -> None:
     Raises:
         UserError: `out_dir` is one of `sources`, a file, or a folder that holds anything an export does not write.
     """
-    out_dir = Path(out_dir)
-    if any(source is not None and Path(source).resolve() == out_dir.resolve() for source in sources):
-        raise UserError(f"{out_dir} is where the model comes from; the export would replace it. Name another path.")
-    if not out_dir.exists():
-        return
-    foreign = [out_dir.name] if not out_dir.is_dir() else sorted(e.name for e in out_dir.iterdir() if not _ours(e))
-    if foreign:
-        raise UserError(
-            f"{out_dir} holds {foreign[0]}, which no export writes; the export would replace it. Name another path."
-        )
+    check_replaceable(out_dir, {INDEX_FILE}, *sources)
 
 
-def _ours(entry: Path) -> bool:
-    return entry.is_file() and (
-        entry.suffix == ".safetensors" or entry.name in _TOKENIZER_FILES or entry.name in _OTHER_FILES
-    )
+@dataclass(frozen=True)
+class Weight:
+    """A weight to be written."""
+
+    name: str
+    shape: Shape
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Size in the file."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class ShardWriter:
-    """Collects weights up to `max_shard_bytes`, writes them as one file, and names the files at the end."""
+    """Writes the announced weights, in any order and by rows, into files of at most `max_shard_bytes`.
 
-    def __init__(self, out_dir: Path, dtype: torch.dtype, max_shard_bytes: int) -> None:
-        self._out_dir = out_dir
-        self._dtype = dtype
-        self._max_shard_bytes = max_shard_bytes
-        self._folder = out_dir.with_name(f".{out_dir.name}.tmp")
-        if self._folder.exists():
-            shutil.rmtree(self._folder)
-        self._folder.mkdir(parents=True)
-        self._pending: dict[str, Tensor] = {}
-        self._pending_bytes = 0
-        self._files: list[list[str]] = []
-        self._total_bytes = 0
+    A weight larger than that has a file of its own. Nothing but what is handed in is held in memory.
+    """
 
-    def add(self, name: str, weight: Tensor) -> None:
-        """Take a weight; it is copied to host memory."""
-        # A copy of its own: safetensors refuses tensors that share storage, and this one is a view of a parameter.
-        copy = torch.empty(weight.shape, dtype=self._dtype).copy_(weight)
-        size = copy.numel() * copy.element_size()
-        if self._pending and self._pending_bytes + size > self._max_shard_bytes:
-            self._flush()
-        self._pending[name] = copy
-        self._pending_bytes += size
-        self._total_bytes += size
+    def __init__(self, out_dir: str | Path, weights: Sequence[Weight], max_shard_bytes: int) -> None:
+        self.folder = OutputFolder(out_dir)
+        self._weights = {weight.name: weight for weight in weights}
+        self._place: dict[str, tuple[BinaryIO, int]] = {}
+        self._missing = {weight.name: weight.nbytes for weight in weights}
+        self._files: list[BinaryIO] = []
+        shards = _shards(weights, max_shard_bytes)
+        names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+        if len(shards) == 1:
+            names = [SINGLE_FILE]
+        else:
+            total = {"total_size": sum(weight.nbytes for weight in weights)}
+            holder = {weight.name: file for file, shard in zip(names, shards, strict=True) for weight in shard}
+            self.folder.write_json(INDEX_FILE, {"metadata": total, "weight_map": holder})
+        for name, shard in zip(names, shards, strict=True):
+            self._open(name, shard)
+
+    def add(self, name: str, rows: Tensor, first_row: int = 0) -> None:
+        """Write rows of a weight, in its announced type."""
+        weight = self._weights[name]
+        file, start = self._place[name]
+        part = rows.to(device="cpu", dtype=weight.dtype).contiguous()
+        assert part.shape[1:] == weight.shape[1:], (name, part.shape, weight.shape)
+        row_bytes = weight.nbytes // max(1, weight.shape[0])
+        begin, memory = start + first_row * row_bytes, part.view(-1).view(torch.uint8).numpy().data
+        file.seek(begin)
+        end = begin + len(memory)
+        while begin < end:
+            stop = min(end, begin - begin % _WRITE_BYTES + _WRITE_BYTES)
+            file.write(memory[: stop - begin])
+            begin, memory = stop, memory[stop - begin :]
+        self._missing[name] -= part.nbytes
 
     def finish(self, config: Mapping[str, Any], tokenizer_from: Path | None, source_config_dir: Path | None) -> None:
-        """Write what is left, the index, config.json, generation_config.json and tokenizer files; then rename."""
-        self._flush()
-        self._name_files()
-        _write_json(self._folder / "config.json", config)
+        """Write config.json, generation_config.json and tokenizer files; then the folder gets its name."""
+        missing = [name for name, left in self._missing.items() if left]
+        assert not missing, missing
+        for file in self._files:
+            file.close()
+        self.folder.write_json("config.json", config)
         self._write_generation_config(config, source_config_dir)
         if tokenizer_from is not None:
-            self._copy_tokenizer(tokenizer_from)
-        old = self._out_dir.with_name(f".{self._out_dir.name}.old")
-        if old.exists():
-            shutil.rmtree(old)
-        if self._out_dir.exists():
-            self._out_dir.rename(old)
-        self._folder.rename(self._out_dir)
-        shutil.rmtree(old, ignore_errors=True)
+            self.folder.copy_tokenizer(tokenizer_from)
+        self.folder.publish()
 
     def discard(self) -> None:
-        """Remove what has been written."""
-        shutil.rmtree(self._folder, ignore_errors=True)
+        """Remove what has been written, unless it is finished."""
+        for file in self._files:
+            file.close()
+        self.folder.discard()
 
-    def _flush(self) -> None:
-        if self._pending:
+    def _open(self, name: str, shard: Sequence[Weight]) -> None:
+        header: dict[str, Any] = {
             # transformers 4 refuses a file whose metadata does not say which library wrote it.
-            save_file(self._pending, self._folder / _part(len(self._files)), metadata={"format": "pt"})
-            self._files.append(list(self._pending))
-            self._pending, self._pending_bytes = {}, 0
-
-    def _name_files(self) -> None:
-        count = len(self._files)
-        if count == 1:
-            (self._folder / _part(0)).rename(self._folder / SINGLE_FILE)
-            return
-        weight_map: dict[str, str] = {}
-        for index, names in enumerate(self._files):
-            final = f"model-{index + 1:05d}-of-{count:05d}.safetensors"
-            (self._folder / _part(index)).rename(self._folder / final)
-            weight_map.update(dict.fromkeys(names, final))
-        metadata = {"total_size": self._total_bytes}
-        _write_json(self._folder / INDEX_FILE, {"metadata": metadata, "weight_map": weight_map})
-
-    def _copy_tokenizer(self, tokenizer_from: Path) -> None:
-        present = [file for file in _TOKENIZER_FILES if (tokenizer_from / file).is_file()]
-        for file in present:
-            shutil.copyfile(tokenizer_from / file, self._folder / file)
-        if not present:
-            log.warning(f"{tokenizer_from} has no tokenizer files; {self._out_dir} is written without.")
+            "__metadata__": {"format": "pt"}
+        }
+        end = 0
+        # The wider types first, so that every weight starts at a multiple of its element.
+        for weight in sorted(shard, key=lambda weight: -weight.dtype.itemsize):
+            offsets = [end, end + weight.nbytes]
+            header[weight.name] = {
+                "dtype": _WORDS[weight.dtype],
+                "shape": list(weight.shape),
+                "data_offsets": offsets,
+            }
+            end = offsets[1]
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        file = (self.folder.path / name).open("wb")
+        self._files.append(file)
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+        for weight in shard:
+            self._place[weight.name] = (file, 8 + len(text) + header[weight.name]["data_offsets"][0])
 
     def _write_generation_config(self, config: Mapping[str, Any], source_config_dir: Path | None) -> None:
-        target = self._folder / "generation_config.json"
-        if source_config_dir is not None and (source_config_dir / target.name).is_file():
-            shutil.copyfile(source_config_dir / target.name, target)
+        name = "generation_config.json"
+        if source_config_dir is not None and (source_config_dir / name).is_file():
+            shutil.copyfile(source_config_dir / name, self.folder.path / name)
             return
         tokens = {key: config[key] for key in config if key.endswith("_token_id") and config[key] is not None}
-        _write_json(target, {"_from_model_config": True} | tokens)
+        self.folder.write_json(name, {"_from_model_config": True} | tokens)
 
 
-def _part(index: int) -> str:
-    return f"part-{index:05d}.safetensors"
-
-
-def _write_json(file: Path, content: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+def _shards(weights: Sequence[Weight], max_shard_bytes: int) -> list[list[Weight]]:
+    """The weights in their order, file by file."""
+    shards: list[list[Weight]] = [[]]
+    size = 0
+    for weight in weights:
+        if shards[-1] and size + weight.nbytes > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(weight)
+        size += weight.nbytes
+    return shards

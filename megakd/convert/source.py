@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megakd.config.architecture import GPTArchitecture
-from megakd.models.sharding import OUTPUT_LAYER, WORD_EMBEDDINGS, Block, in_layer, layer_of
+from megakd.parameters.sharding import OUTPUT_LAYER, WORD_EMBEDDINGS, Block, in_layer, layer_of
 
 
 class WeightSource(Protocol):

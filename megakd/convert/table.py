@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megakd.convert.mappings import WeightMapping
-from megakd.models.sharding import layer_of
+from megakd.config.architecture import GPTArchitecture
+from megakd.convert.mappings import Shape, WeightMapping
+from megakd.parameters.sharding import layer_of
 
 Value = int | float | bool | str | None
 
@@ -85,6 +86,11 @@ class Family:
             if row.canonical_pattern == pattern:
                 return row
         raise KeyError(f"{self.model_type} has no parameter {name}")
+
+    def hf_shapes(self, name: str, shape: Shape, architecture: GPTArchitecture) -> dict[str, Shape]:
+        """Names and shapes of the weights of a parameter whose full shape is `shape`."""
+        row = self.row_of(name)
+        return dict(zip(row.hf_names(layer_of(name)), row.mapping.hf_shapes(shape, architecture), strict=True))
 
     def ignores(self, hf_name: str) -> bool:
         """Whether a weight of the folder is passed over."""

@@ -6,7 +6,7 @@ import torch
 from megatron.core.models.gpt import GPTModel
 
 from megakd.config.architecture import GPTArchitecture
-from megakd.models.sharding import Partition, canonical_name, shard_of
+from megakd.parameters.sharding import Partition, canonical_name, shard_of
 
 
 def unwrapped(model: torch.nn.Module) -> GPTModel:

@@ -17,8 +17,8 @@ from megakd.config.schema import Config, OptimizerSection
 from megakd.convert import load_weights
 from megakd.models.gpt import HiddenStateGPT, build_gpt
 from megakd.models.parameters import canonical_parameters
-from megakd.models.sharding import padded_vocab_size
 from megakd.parallel.mesh import GroupPool, ModelMesh, build_model_mesh
+from megakd.parameters.sharding import padded_vocab_size
 from megakd.teacher import OnlineTeacher, build_online_teacher
 from megakd.training.architectures import student_architecture, teacher_architecture
 

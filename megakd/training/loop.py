@@ -19,8 +19,8 @@ from megakd.common.logging import configure_logging, log
 from megakd.config.schema import Config
 from megakd.data.batches import TrainBatches
 from megakd.evaluation import Scores, evaluate
-from megakd.models.sharding import padded_vocab_size
 from megakd.parallel.random_state import seed_megatron
+from megakd.parameters.sharding import padded_vocab_size
 from megakd.platform import Platform, build_platform, detect_accelerations, init_distributed, resolve_layer_spec
 from megakd.teacher import Teacher
 from megakd.training.architectures import shared_vocab_size, student_architecture, teacher_architecture

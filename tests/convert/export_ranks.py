@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from megakd.common.errors import UserError
 from megakd.convert import architecture_from_hf, export_hf, load_weights, shard_writer
-from megakd.models.sharding import layer_of, parameter_shapes, shard_of, take_shard
+from megakd.parameters.sharding import layer_of, parameter_shapes, shard_of, take_shard
 
 
 def stage_parameters(
@@ -74,5 +74,5 @@ def export_with_failing_disk(source: Path, out: Path) -> str:
         raise OSError(28, "No space left on device")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shard_writer, "save_file", full_disk)
+        patch.setattr(shard_writer.ShardWriter, "add", full_disk)
         return export_from_ranks(source, out, 2, 2, 20_000)

@@ -189,9 +189,9 @@ def test_tokens_outside_the_vocabulary_are_left_out() -> None:
     ("changes", "message"),
     [
         ({"normalization": "LayerNorm"}, "llama needs normalization RMSNorm and it is LayerNorm"),
-        ({"qk_layernorm": True}, "llama needs qk_layernorm False"),
+        ({"qk_layernorm": True, "add_qkv_bias": True}, "qwen3 needs add_qkv_bias False and it is True"),
         (
-            {"hidden_size": 10, "num_attention_heads": 4, "kv_channels": 8},
+            {"hidden_size": 10, "num_attention_heads": 4, "kv_channels": 8, "add_bias_linear": True},
             r"hidden_size \(10\) to be a multiple of num_attention_heads \(4\)",
         ),
     ],
@@ -202,3 +202,26 @@ def test_a_model_no_family_expresses_is_refused(changes: dict[str, Any], message
         hf_config_from_architecture(
             GPTArchitecture(**(base | {"max_position_embeddings": 8} | changes)), None, "float32"
         )
+
+
+@pytest.mark.parametrize(
+    ("changes", "model_type"),
+    [
+        ({}, "llama"),
+        ({"hidden_size": 10, "num_attention_heads": 4, "kv_channels": 8}, "mistral"),
+        ({"sliding_window": 4}, "mistral"),
+        ({"add_qkv_bias": True}, "qwen2"),
+        ({"qk_layernorm": True}, "qwen3"),
+        ({"rotary_percent": 0.5}, "phi3"),
+    ],
+)
+def test_the_first_family_that_expresses_a_model_is_taken(
+    tmp_path: Path, changes: dict[str, Any], model_type: str
+) -> None:
+    base = {"num_layers": 1, "hidden_size": 8, "ffn_hidden_size": 8, "num_attention_heads": 2, "vocab_size": 10}
+    architecture = GPTArchitecture(**(base | {"max_position_embeddings": 8} | changes))
+    written = hf_config_from_architecture(architecture, None, "float32")
+    assert written["model_type"] == model_type
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    assert AutoConfig.from_pretrained(tmp_path).model_type == model_type
+    assert architecture_from_hf(tmp_path) == architecture

@@ -129,7 +129,7 @@ def gather_gradients(student) -> dict[str, torch.Tensor]:
     """Full gradients by Hugging Face name, on every rank."""
     from megakd.convert.families.llama import LLAMA
     from megakd.models.parameters import canonical_parameters
-    from megakd.models.sharding import join_shards, layer_of, shard_of
+    from megakd.parameters.sharding import join_shards, layer_of, shard_of
 
     mesh, architecture = student.mesh, student.architecture
     if student.model.ddp_config.use_distributed_optimizer:

@@ -42,7 +42,7 @@ def train_and_export(values: dict[str, Any]) -> tuple[list[float], dict[str, Sha
 def test_bf16_trains_and_exports_its_main_weights_rounded(tmp_path: Path, run_ranks: Callable[..., list[Any]]) -> None:
     from megakd.convert.families.llama import LLAMA
     from megakd.convert.hf_config import architecture_from_hf
-    from megakd.models.sharding import layer_of
+    from megakd.parameters.sharding import layer_of
 
     values = run_values(write_run_files(tmp_path, samples=STEPS * 8), **SETTINGS)
     results = run_ranks(2, train_and_export, values)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megakd.config.architecture import GPTArchitecture
-from megakd.models.sharding import (
+from megakd.parameters.sharding import (
     Partition,
     canonical_name,
     join_shards,

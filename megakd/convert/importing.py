@@ -1,0 +1,219 @@
+"""A Hugging Face folder into a megatron-core distributed checkpoint, piece by piece."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megakd.common.errors import UserError
+from megakd.config.architecture import GPTArchitecture
+from megakd.convert.hf_config import read_hf_config
+from megakd.convert.hf_weights import HFWeights
+from megakd.convert.megatron_weights import stacked_key
+from megakd.convert.output_folder import OutputFolder, check_replaceable
+from megakd.parameters.sharding import Block, layer_of, padded_vocab_size, parameter_shapes
+from megakd.torch_dist import Piece, write_checkpoint
+from megakd.torch_dist.reading import TRACKER_FILE
+
+RELEASE = "release"
+_PIECE_BYTES = 8 * 2**20
+# Modules whose state megatron-core asks for by itself; it holds something only for FP8.
+_WITH_EXTRA_STATE = (
+    "self_attention.core_attention",
+    "self_attention.linear_proj",
+    "self_attention.linear_qkv",
+    "mlp.linear_fc1",
+    "mlp.linear_fc2",
+)
+
+Progress = Callable[[int], None]
+
+
+def import_checkpoint(
+    hf: str | Path,
+    out: str | Path,
+    *,
+    tp: int = 1,
+    pp: int = 1,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+    begin: Callable[[int], Progress] = lambda total: lambda done: None,
+) -> None:
+    """Convert a Hugging Face folder to a distributed checkpoint in Megatron-LM's layout.
+
+    The checkpoint loads under any layout. Beside it are config.json, generation_config.json and the tokenizer.
+
+    Args:
+        tp, pp: the layout it is meant for: it must be possible, and pads the vocabulary as Megatron-LM pads it there.
+        dtype: type of the weights written; None keeps each as it is.
+        overwrite: replace what an earlier conversion wrote to `out`.
+        begin: called with the number of bytes to be written; what it returns is called with the bytes of each piece.
+
+    Raises:
+        UserError: the folder is not a model that can be read, the layout is not possible for it, `out` exists or
+            cannot be written. `out` is then as it was.
+    """
+    check_output(out, {RELEASE, TRACKER_FILE}, overwrite, hf)
+    with HFWeights(hf) as source:
+        source.check(source.architecture)
+        _check_layout(source.architecture, tp, pp, source.path)
+        pieces = list(_pieces(source, 128 * tp, dtype))
+        total = sum(piece.nbytes for piece in pieces)
+        check_space(out, total)
+        folder = None
+        try:
+            folder = OutputFolder(out)
+            release = folder.path / RELEASE
+            release.mkdir()
+            objects = _extra_states(source.architecture)
+            common = {
+                "args": _megatron_lm_arguments(source.architecture, tp, pp, dtype or pieces[0].dtype),
+                "checkpoint_version": 3.0,
+                "iteration": 0,
+            }
+            write_checkpoint(release, pieces, objects, common, begin(total))
+            (folder.path / TRACKER_FILE).write_text(RELEASE, encoding="utf-8")
+            _copy_beside(source.path, folder, dtype)
+            folder.publish()
+        except OSError as error:
+            raise UserError(f"{out} could not be written: {error.strerror or error}.") from error
+        finally:
+            if folder is not None:
+                folder.discard()
+
+
+def check_output(out: str | Path, known: set[str], overwrite: bool, source: str | Path) -> None:
+    """Refuse an output that exists, or with `overwrite` one that holds what no conversion writes.
+
+    Raises:
+        UserError: it does.
+    """
+    if Path(out).exists() and not overwrite:
+        raise UserError(f"{out} exists. Name another path, or give --overwrite to replace it.")
+    check_replaceable(out, known, source)
+
+
+def check_space(out: str | Path, total: int) -> None:
+    """Refuse to begin what does not fit the disk.
+
+    Raises:
+        UserError: less than `total` bytes are free where `out` goes.
+    """
+    parent = Path(out).absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    free = shutil.disk_usage(parent).free
+    if free < total:
+        raise UserError(
+            f"{out} needs {total / 2**30:.2f} GiB and {parent} has {free / 2**30:.2f} GiB free. Make room, or name "
+            "another disk."
+        )
+
+
+def _check_layout(architecture: GPTArchitecture, tp: int, pp: int, path: Path) -> None:
+    for name, value, divides in (
+        ("num_query_groups", architecture.num_query_groups, tp),
+        ("ffn_hidden_size", architecture.ffn_hidden_size, tp),
+    ):
+        if value % divides:
+            raise UserError(f"--tp is {tp}; it must divide {name} ({value}) of {path}.")
+    if pp > architecture.num_layers:
+        raise UserError(f"--pp is {pp}; it must not be above the {architecture.num_layers} layers of {path}.")
+
+
+def blocks_of(shape: tuple[int, ...], row_step: int, dtype: torch.dtype) -> Iterator[Block]:
+    """A parameter in blocks of whole rows, not much larger than is handled at a time."""
+    steps = shape[0] // row_step
+    count = math.ceil(math.prod(shape) * dtype.itemsize / _PIECE_BYTES)
+    # An even number of equal blocks: none holds rows of both gate and up, which would have to be put together.
+    rows = math.ceil(steps / (count + count % 2 if count > 1 else 1)) * row_step
+    for start in range(0, shape[0], rows):
+        yield (slice(start, min(start + rows, shape[0])),)
+
+
+def _pieces(source: HFWeights, divisible_by: int, dtype: torch.dtype | None) -> Iterator[Piece]:
+    layers = source.architecture.num_layers
+    for name, shape in parameter_shapes(source.architecture, divisible_by).items():
+        written_as = dtype or source.dtype(name)
+        layer = layer_of(name)
+        lead = () if layer is None else (layer,)
+        whole = shape if layer is None else (layers, *shape)
+        for block in blocks_of(shape, source.row_step(name), written_as):
+            rows = block[0]
+            sizes = (*(1 for _ in lead), rows.stop - rows.start, *shape[1:])
+            offsets = (*lead, rows.start, *(0 for _ in shape[1:]))
+            key = name if layer is None else stacked_key(name)
+            yield Piece(key, whole, offsets, sizes, written_as, partial(_read, source, name, block, written_as, sizes))
+
+
+def _read(source: HFWeights, name: str, block: Block, dtype: torch.dtype, sizes: tuple[int, ...]) -> Tensor:
+    return _of_its_own(source.read(name, block).to(dtype).contiguous()).view(sizes)
+
+
+def _of_its_own(tensor: Tensor) -> Tensor:
+    """The same memory as the whole of a storage: torch's checkpoint writer copies a tensor that is part of one."""
+    return torch.from_numpy(tensor.view(-1).view(torch.uint8).numpy()).view(tensor.dtype)
+
+
+def _extra_states(architecture: GPTArchitecture) -> dict[str, Any]:
+    layers = architecture.num_layers
+    return {
+        f"decoder.layers.{module}._extra_state/shard_{layer}_{layers}": [None]
+        for module in _WITH_EXTRA_STATE
+        for layer in range(layers)
+    }
+
+
+def _megatron_lm_arguments(architecture: GPTArchitecture, tp: int, pp: int, dtype: torch.dtype) -> argparse.Namespace:
+    """The model's shape in the words of Megatron-LM's command line, which it reads with --use-checkpoint-args."""
+    a = architecture
+    return argparse.Namespace(
+        num_layers=a.num_layers,
+        hidden_size=a.hidden_size,
+        ffn_hidden_size=a.ffn_hidden_size,
+        num_attention_heads=a.num_attention_heads,
+        group_query_attention=a.num_query_groups != a.num_attention_heads,
+        num_query_groups=a.num_query_groups,
+        kv_channels=a.kv_channels,
+        seq_length=a.max_position_embeddings,
+        max_position_embeddings=a.max_position_embeddings,
+        position_embedding_type=a.position_embedding_type,
+        rotary_base=int(a.rotary_base) if a.rotary_base == int(a.rotary_base) else a.rotary_base,
+        rotary_percent=a.rotary_percent,
+        use_rope_scaling=a.rope_scaling is not None,
+        normalization=a.normalization,
+        norm_epsilon=a.layernorm_epsilon,
+        swiglu=a.activation == "swiglu",
+        add_bias_linear=a.add_bias_linear,
+        add_qkv_bias=a.add_qkv_bias,
+        qk_layernorm=a.qk_layernorm,
+        window_size=None if a.sliding_window is None else (a.sliding_window - 1, 0),
+        untie_embeddings_and_output_weights=not a.share_embeddings_and_output_weights,
+        make_vocab_size_divisible_by=128,
+        padded_vocab_size=padded_vocab_size(a.vocab_size, 128 * tp),
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        tokenizer_type="HuggingFaceTokenizer",
+        bf16=dtype is torch.bfloat16,
+        fp16=dtype is torch.float16,
+        params_dtype=dtype,
+    )
+
+
+def _copy_beside(source: Path, folder: OutputFolder, dtype: torch.dtype | None) -> None:
+    config = read_hf_config(source)
+    if dtype is not None:
+        config["dtype"] = config["torch_dtype"] = str(dtype).removeprefix("torch.")
+    (folder.path / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    if (source / "generation_config.json").is_file():
+        shutil.copyfile(source / "generation_config.json", folder.path / "generation_config.json")
+    folder.copy_tokenizer(source)

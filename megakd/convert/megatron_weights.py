@@ -1,0 +1,124 @@
+"""A megatron-core distributed checkpoint's weights, by canonical name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from megakd.common.errors import UserError, nearest
+from megakd.config.architecture import GPTArchitecture
+from megakd.convert.hf_config import architecture_from_hf
+from megakd.convert.source import show_shape, source_name, stored_name
+from megakd.parameters.sharding import OUTPUT_LAYER, WORD_EMBEDDINGS, Block, layer_of, parameter_shapes
+from megakd.torch_dist import TorchDistFolder, checkpoint_folder
+
+_VOCABULARY = (WORD_EMBEDDINGS, OUTPUT_LAYER)
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+# Beside the model: optimizers of training checkpoints.
+_NOT_THE_MODEL = ("optimizer.", "chained_")
+
+
+class MegatronWeights:
+    """See WeightSource. megatron-core keeps a parameter of all layers as one tensor [layers, ...].
+
+    Args:
+        path: a folder in Megatron-LM's layout, or the one inside it that holds the tensors.
+        config_dir: folder with the model's config.json in Hugging Face's words; `path` where not given.
+
+    Raises:
+        UserError: there is no checkpoint, it is damaged, or there is no config.json.
+    """
+
+    def __init__(self, path: str | Path, config_dir: str | Path | None = None) -> None:
+        self.path = Path(path)
+        folder = checkpoint_folder(path)
+        if folder is None:
+            raise UserError(f"{path} holds no checkpoint in torch_dist format.")
+        self.config_dir = Path(path if config_dir is None else config_dir)
+        if not (self.config_dir / "config.json").is_file() and (folder.parent / "config.json").is_file():
+            self.config_dir = folder.parent
+        self.architecture = architecture_from_hf(self.config_dir)
+        self.folder = TorchDistFolder(folder)
+        self._keys = set(self.folder.keys)
+
+    def __enter__(self) -> MegatronWeights:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Files are open only while they are read."""
+
+    def read(self, name: str, block: Block) -> Tensor:
+        """See WeightSource.read."""
+        key, layer = self._place(name)
+        shape = self.folder.shape(key)[len(layer) :]
+        bounds = [(part.start, part.stop) for part in block] + [(0, size) for size in shape[len(block) :]]
+        # Rows beyond the vocabulary are zero, however many the checkpoint has.
+        stored = self.architecture.vocab_size if name in _VOCABULARY else shape[0]
+        inside = [
+            (min(start, size), min(stop, size))
+            for (start, stop), size in zip(bounds, (stored, *shape[1:]), strict=True)
+        ]
+        offsets = tuple(start for start, _ in inside)
+        sizes = tuple(stop - start for start, stop in inside)
+        part = self.folder.read(key, (*layer, *offsets), (*(1 for _ in layer), *sizes)).reshape(sizes)
+        missing = bounds[0][1] - bounds[0][0] - sizes[0] if name in _VOCABULARY else 0
+        return torch.cat([part, part.new_zeros(missing, *sizes[1:])]) if missing else part
+
+    def dtype(self, name: str) -> torch.dtype:
+        """See WeightSource.dtype."""
+        return self.folder.dtype(self._place(name)[0])
+
+    def origin(self, name: str) -> str:
+        """See WeightSource.origin."""
+        return self._place(name)[0]
+
+    def check(self, architecture: GPTArchitecture, layer_map: Sequence[int] | None = None) -> None:
+        """See WeightSource.check."""
+        for name, shape in parameter_shapes(architecture, divisible_by=1).items():
+            origin = source_name(name, layer_map)
+            key, layer = self._place(origin)
+            if key not in self._keys:
+                raise UserError(
+                    f"{self.path} has no tensor {key}, which the model of {self.config_dir / 'config.json'} needs."
+                    f"{nearest(key, self._keys)}"
+                )
+            found = self.folder.shape(key)[len(layer) :]
+            padded = name in _VOCABULARY and found[:1] > shape[:1] and found[1:] == shape[1:]
+            layers = self.folder.shape(key)[0] if layer else self.architecture.num_layers
+            if (found != shape and not padded) or layers != self.architecture.num_layers:
+                whole = ((self.architecture.num_layers,) if layer else ()) + shape
+                raise UserError(
+                    f"{key} in {self.path} has the shape {show_shape(self.folder.shape(key))}; config.json means "
+                    f"{show_shape(whole)}."
+                )
+            if self.folder.dtype(key) not in _FLOATS:
+                raise UserError(f"{key} in {self.path} is stored as {self.folder.dtype(key)}; it must be a float.")
+        known = {self._place(name)[0] for name in parameter_shapes(self.architecture, divisible_by=1)}
+        if self.architecture.share_embeddings_and_output_weights:
+            known.add(OUTPUT_LAYER)
+        for key in sorted(self._keys - known):
+            if not key.startswith(_NOT_THE_MODEL):
+                raise UserError(
+                    f"{self.path} has the tensor {key}, which the model of its config.json does not."
+                    f"{nearest(key, known)}"
+                )
+
+    def _place(self, name: str) -> tuple[str, tuple[int, ...]]:
+        """Key of a parameter, and its index in the key's leading dimensions."""
+        name = stored_name(name, self.architecture)
+        layer = layer_of(name)
+        # Megatron-LM writes one key per layer where layers differ, or when it is told to.
+        if layer is None or name in self._keys:
+            return name, ()
+        return stacked_key(name), (layer,)
+
+
+def stacked_key(name: str) -> str:
+    """megatron-core's key of a parameter of all layers."""
+    return name.replace(f"decoder.layers.{layer_of(name)}.", "decoder.layers.", 1)

@@ -1,0 +1,118 @@
+"""A Hugging Face folder against a Megatron checkpoint: every weight bit for bit, then the logits of both."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megakd.common.errors import UserError
+from megakd.config.architecture import GPTArchitecture
+from megakd.convert.hf_weights import HFWeights
+from megakd.convert.importing import Progress, blocks_of
+from megakd.convert.megatron_weights import MegatronWeights
+from megakd.parameters.sharding import parameter_shapes
+
+_TOKENS = 64
+_BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+
+
+@dataclass
+class WeightDifference:
+    """How a parameter differs. `largest` is the largest absolute difference of values; NaN counts as infinite."""
+
+    name: str
+    elements: int
+    different: int = 0
+    largest: float = 0.0
+
+    def add(self, one: Tensor, other: Tensor) -> None:
+        """Count a block of both."""
+        if one.dtype is other.dtype:
+            bits = _BITS[one.itemsize]
+            if torch.equal(one.contiguous().view(bits), other.contiguous().view(bits)):
+                return
+            unequal = one.contiguous().view(bits) != other.contiguous().view(bits)
+        else:
+            unequal = one.double() != other.double()
+        self.different += int(unequal.sum())
+        if bool(unequal.any()):
+            distance = (one.double() - other.double())[unequal].abs().nan_to_num(nan=torch.inf)
+            self.largest = max(self.largest, float(distance.max()))
+
+
+def compare_weights(hf: HFWeights, megatron: MegatronWeights, done: Progress) -> list[WeightDifference]:
+    """Every parameter of both, the most different first."""
+    differences = []
+    for name, shape in parameter_shapes(hf.architecture, divisible_by=1).items():
+        difference = WeightDifference(name, torch.Size(shape).numel())
+        for block in blocks_of(shape, hf.row_step(name), hf.dtype(name)):
+            mine = hf.read(name, block)
+            difference.add(mine, megatron.read(name, block))
+            done(mine.nbytes)
+        differences.append(difference)
+    return sorted(differences, key=lambda d: (d.largest, d.different), reverse=True)
+
+
+def stored_bytes(hf: HFWeights) -> int:
+    """Bytes that comparing reads of the folder."""
+    shapes = parameter_shapes(hf.architecture, divisible_by=1)
+    return sum(torch.Size(shape).numel() * hf.dtype(name).itemsize for name, shape in shapes.items())
+
+
+def open_both(hf: str | Path, megatron: str | Path) -> tuple[HFWeights, MegatronWeights]:
+    """Both sides, whole and of one architecture.
+
+    Raises:
+        UserError: one is not whole, or they are models of different shapes.
+    """
+    one, other = HFWeights(hf), MegatronWeights(megatron)
+    one.check(one.architecture)
+    other.check(other.architecture)
+    mine, theirs = one.architecture.model_dump(), other.architecture.model_dump()
+    for field, value in mine.items():
+        if field != "init_method_std" and theirs[field] != value:
+            raise UserError(f"{field} is {value} in {hf} and {theirs[field]} in {megatron}; they are different models.")
+    return one, other
+
+
+def logits_difference(hf: str | Path, megatron: str | Path, architecture: GPTArchitecture) -> float:
+    """Largest difference of fp32 logits on the same random tokens: transformers' model of the folder, and
+    megatron-core's of the checkpoint on one rank. Both models are held whole.
+    """
+    from transformers import AutoModelForCausalLM
+
+    length = min(_TOKENS, architecture.max_position_embeddings)
+    tokens = torch.randint(architecture.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
+    model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32, local_files_only=True, use_safetensors=True)
+    with torch.no_grad():
+        expected = model.eval()(tokens).logits.float()
+    del model
+    return float((_megatron_logits(megatron, architecture, tokens) - expected).abs().max())
+
+
+def _megatron_logits(path: str | Path, architecture: GPTArchitecture, tokens: Tensor) -> Tensor:
+    """[b, s, v]"""
+    from megakd.convert.loading import load_weights
+    from megakd.models.gpt import build_gpt
+    from megakd.models.parameters import canonical_parameters
+    from megakd.parallel.mesh import GroupPool, build_model_mesh
+    from megakd.parallel.random_state import seed_megatron
+    from megakd.platform import build_platform, init_distributed, shutdown_distributed
+
+    init_distributed(build_platform())
+    try:
+        mesh = build_model_mesh(GroupPool())
+        seed_megatron(0, mesh)
+        model = build_gpt(architecture, mesh, dtype=torch.float32, layer_spec="local").eval()
+        load_weights(canonical_parameters(model).items(), path, architecture, tp_rank=0, tp_size=1)
+        positions = torch.arange(tokens.shape[1]).expand(tokens.shape)
+        device = next(model.parameters()).device
+        with torch.no_grad():
+            hidden, head = model(tokens.to(device), positions.to(device), None)
+            logits: Tensor = hidden.transpose(0, 1) @ head[: architecture.vocab_size].t()
+        return logits.float().cpu()
+    finally:
+        shutdown_distributed()
