@@ -59,6 +59,16 @@ class GPTArchitecture(BaseModel):
     sliding_window: int | None = Field(
         default=None, gt=0, description="Tokens, itself included, that a token attends to."
     )
+    num_moe_experts: int | None = Field(
+        default=None, gt=0, description="Experts in place of the MLP of every layer (Mixtral, Qwen3-MoE)."
+    )
+    moe_ffn_hidden_size: int | None = Field(
+        default=None, gt=0, description="Width of an expert; ffn_hidden_size where not given."
+    )
+    moe_router_topk: int = Field(default=2, gt=0, description="Experts that a token goes to.")
+    moe_router_pre_softmax: bool = Field(
+        default=False, description="Weights of a token's experts are its softmax over all experts, not over its own."
+    )
     share_embeddings_and_output_weights: bool = False
     init_method_std: float = Field(default=0.02, gt=0)
 
@@ -105,13 +115,49 @@ class GPTArchitecture(BaseModel):
             )
         return self
 
+    @model_validator(mode="after")
+    def _experts_fit(self) -> GPTArchitecture:
+        if self.num_moe_experts is None:
+            for name in ("moe_ffn_hidden_size", "moe_router_topk", "moe_router_pre_softmax"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(f"{name} has no effect without num_moe_experts; leave it out")
+            return self
+        if self.moe_router_topk > self.num_moe_experts:
+            raise ValueError(
+                f"moe_router_topk ({self.moe_router_topk}) must not be above num_moe_experts ({self.num_moe_experts})"
+            )
+        if self.moe_router_topk == 1 and not self.moe_router_pre_softmax:
+            raise ValueError(
+                "moe_router_topk 1 needs moe_router_pre_softmax: the weight of a single expert is always 1"
+            )
+        if self.add_bias_linear:
+            raise ValueError("add_bias_linear is not possible with num_moe_experts")
+        return self
+
+    @property
+    def mlp_width_field(self) -> str:
+        """The field that `mlp_width` is the value of."""
+        return "ffn_hidden_size" if self.moe_ffn_hidden_size is None else "moe_ffn_hidden_size"
+
+    @property
+    def mlp_width(self) -> int:
+        """Width of an MLP, an expert's where there are experts."""
+        return self.moe_ffn_hidden_size or self.ffn_hidden_size
+
+    @property
+    def mlps_per_token(self) -> int:
+        """MLPs of a layer that a token goes through."""
+        return 1 if self.num_moe_experts is None else self.moe_router_topk
+
     def num_parameters(self) -> int:
         """Parameters of the unpadded model."""
         h, q = self.hidden_size, self.num_attention_heads * self.kv_channels
         kv = self.num_query_groups * self.kv_channels
         norm = h * (2 if self.normalization == "LayerNorm" else 1)
         attention = h * (q + 2 * kv) + q * h
-        mlp = h * self.ffn_hidden_size * (3 if self.activation == "swiglu" else 2)
+        mlp = h * self.mlp_width * (3 if self.activation == "swiglu" else 2)
+        if self.num_moe_experts is not None:
+            mlp = self.num_moe_experts * (mlp + h)
         bias = 0
         if self.add_qkv_bias or self.add_bias_linear:
             bias += q + 2 * kv

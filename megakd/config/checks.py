@@ -313,6 +313,8 @@ def check_architecture(
     check_positions(role, architecture, sequence_length)
     check_tensor_split(role, architecture, parallel.tensor_model_parallel_size)
     check_vocabulary_split(role, architecture, parallel.tensor_model_parallel_size, divisible_by)
+    if role == "student":
+        check_experts(architecture, parallel)
     if has_stage_split:
         check_layer_split(
             role,
@@ -323,6 +325,16 @@ def check_architecture(
         )
     else:
         check_layer_split(role, architecture.num_layers, parallel.pipeline_model_parallel_size, None, None)
+
+
+def check_experts(architecture: GPTArchitecture, parallel: ParallelSection) -> None:
+    """megatron-core trains experts over tensor ranks with sequence parallelism only."""
+    experts, size = architecture.num_moe_experts, parallel.tensor_model_parallel_size
+    if experts is not None and size > 1 and not parallel.sequence_parallel:
+        raise UserError(
+            f"parallel.sequence_parallel is false; a student with experts (num_moe_experts {experts}) needs it with "
+            f"tensor_model_parallel_size {size}. Set it to true."
+        )
 
 
 def check_positions(role: Role, architecture: GPTArchitecture, sequence_length: int) -> None:
@@ -340,7 +352,7 @@ def check_tensor_split(role: Role, architecture: GPTArchitecture, tensor_size: i
     parts = {
         "num_attention_heads": architecture.num_attention_heads,
         "num_query_groups": architecture.num_query_groups,
-        "ffn_hidden_size": architecture.ffn_hidden_size,
+        architecture.mlp_width_field: architecture.mlp_width,
     }
     for name, value in parts.items():
         if value % tensor_size == 0:

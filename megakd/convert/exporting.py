@@ -15,7 +15,7 @@ from megakd.convert.megatron_weights import MegatronWeights
 from megakd.convert.safetensors_folder import INDEX_FILE
 from megakd.convert.shard_writer import ShardWriter, Weight
 from megakd.convert.table import Family
-from megakd.parameters.sharding import Block, layer_of, parameter_shapes
+from megakd.parameters.sharding import Block, parameter_shapes
 
 MAX_SHARD_BYTES = 5_000_000_000
 
@@ -83,6 +83,6 @@ def _blocks(family: Family, name: str, shape: tuple[int, ...], dtype: torch.dtyp
 def _write(writer: ShardWriter, family: Family, source: MegatronWeights, name: str, block: Block) -> int:
     row, part = family.row_of(name), source.read(name, block)
     weights = row.mapping.export(part, source.architecture)
-    for hf_name, weight in zip(row.hf_names(layer_of(name)), weights, strict=True):
+    for hf_name, weight in zip(row.hf_names(name), weights, strict=True):
         writer.add(hf_name, weight, block[0].start)
     return part.nbytes

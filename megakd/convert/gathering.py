@@ -21,7 +21,6 @@ from megakd.parameters.sharding import (
     Partition,
     join_shards,
     joined_shape,
-    layer_of,
     parameter_shapes,
     shard_of,
 )
@@ -138,7 +137,7 @@ def export_hf(
 def _write(writer: ShardWriter, family: Family, name: str, full: Tensor, architecture: GPTArchitecture) -> None:
     row = family.row_of(name)
     weights = row.mapping.export(full, architecture)
-    for hf_name, weight in zip(row.hf_names(layer_of(name)), weights, strict=True):
+    for hf_name, weight in zip(row.hf_names(name), weights, strict=True):
         writer.add(hf_name, weight)
 
 

@@ -77,7 +77,7 @@ def hf_config_from_architecture(
     config: dict[str, Any] = {"architectures": [family.model_class], "model_type": family.model_type}
     for field, keys in family.fields.items():
         value = getattr(architecture, field)
-        config.update(dict.fromkeys(keys.names, value if keys.words is None else keys.words[value]))
+        config.update(dict.fromkeys((*keys.names, *keys.aliases), value if keys.words is None else keys.words[value]))
     config.update({key: value for key, value in family.only.items() if value is not None})
     if architecture.position_embedding_type == "rope":
         config.update(_write_rope(architecture))
@@ -100,8 +100,9 @@ def family_for_export(architecture: GPTArchitecture, source: Mapping[str, Any] |
 def _read_field(family: Family, field: str, config: Mapping[str, Any], file: Path) -> Any:
     key, names = family.fields[field], family.fields[field].names
     default = key.default(config) if callable(key.default) else key.default
-    says_nothing = () if key.null else (None,)
-    values = [default if config.get(name, ...) in (*says_nothing, ...) else config[name] for name in names]
+    said = {name: value for name, value in config.items() if key.null or value is not None}
+    absent = next((said[name] for name in key.aliases if name in said), default)
+    values = [said.get(name, absent) for name in names]
     if any(value != values[0] for value in values):
         found = " and ".join(f"{name} is {_show(value)}" for name, value in zip(names, values, strict=True))
         raise UserError(f"{found} in {file}; they are supported only where they are equal.")

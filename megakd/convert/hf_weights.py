@@ -17,7 +17,7 @@ from megakd.convert.mappings import Shape
 from megakd.convert.safetensors_folder import DTYPES, SafetensorsFolder
 from megakd.convert.source import show_shape, source_name, stored_name
 from megakd.convert.table import Row
-from megakd.parameters.sharding import OUTPUT_LAYER, Block, layer_of, parameter_shapes
+from megakd.parameters.sharding import OUTPUT_LAYER, Block, parameter_shapes
 
 
 class HFWeights:
@@ -84,7 +84,7 @@ class HFWeights:
                 )
         known = set(self._expected(self.architecture, None))
         if self.architecture.share_embeddings_and_output_weights:
-            known.update(self.family.row_of(OUTPUT_LAYER).hf_names(None))
+            known.update(self.family.row_of(OUTPUT_LAYER).hf_names(OUTPUT_LAYER))
         for name in sorted(present - known):
             if not self.family.ignores(name):
                 raise UserError(
@@ -93,8 +93,9 @@ class HFWeights:
                 )
 
     def _row(self, name: str) -> tuple[Row, tuple[str, ...]]:
-        row = self.family.row_of(stored_name(name, self.architecture))
-        return row, row.hf_names(layer_of(name))
+        name = stored_name(name, self.architecture)
+        row = self.family.row_of(name)
+        return row, row.hf_names(name)
 
     def _expected(self, architecture: GPTArchitecture, layer_map: Sequence[int] | None) -> dict[str, Shape]:
         shapes: dict[str, Shape] = {}

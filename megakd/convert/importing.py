@@ -9,31 +9,22 @@ import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from megakd.common.errors import UserError
 from megakd.config.architecture import GPTArchitecture
+from megakd.convert.checkpoint_keys import extra_state_keys, stacked_key, stacked_sizes
 from megakd.convert.hf_config import read_hf_config
 from megakd.convert.hf_weights import HFWeights
-from megakd.convert.megatron_weights import stacked_key
 from megakd.convert.output_folder import OutputFolder, check_replaceable
-from megakd.parameters.sharding import Block, layer_of, padded_vocab_size, parameter_shapes
+from megakd.parameters.sharding import Block, padded_vocab_size, parameter_shapes
 from megakd.torch_dist import Piece, write_checkpoint
 from megakd.torch_dist.reading import TRACKER_FILE
 
 RELEASE = "release"
 _PIECE_BYTES = 8 * 2**20
-# Modules whose state megatron-core asks for by itself; it holds something only for FP8.
-_WITH_EXTRA_STATE = (
-    "self_attention.core_attention",
-    "self_attention.linear_proj",
-    "self_attention.linear_qkv",
-    "mlp.linear_fc1",
-    "mlp.linear_fc2",
-)
 
 Progress = Callable[[int], None]
 
@@ -74,7 +65,7 @@ def import_checkpoint(
             folder = OutputFolder(out)
             release = folder.path / RELEASE
             release.mkdir()
-            objects = _extra_states(source.architecture)
+            objects = {key: [None] for key in extra_state_keys(source.architecture)}
             common = {
                 "args": _megatron_lm_arguments(source.architecture, tp, pp, dtype or pieces[0].dtype),
                 "checkpoint_version": 3.0,
@@ -122,7 +113,7 @@ def check_space(out: str | Path, total: int) -> None:
 def _check_layout(architecture: GPTArchitecture, tp: int, pp: int, path: Path) -> None:
     for name, value, divides in (
         ("num_query_groups", architecture.num_query_groups, tp),
-        ("ffn_hidden_size", architecture.ffn_hidden_size, tp),
+        (architecture.mlp_width_field, architecture.mlp_width, tp),
     ):
         if value % divides:
             raise UserError(f"--tp is {tp}; it must divide {name} ({value}) of {path}.")
@@ -141,17 +132,14 @@ def blocks_of(shape: tuple[int, ...], row_step: int, dtype: torch.dtype) -> Iter
 
 
 def _pieces(source: HFWeights, divisible_by: int, dtype: torch.dtype | None) -> Iterator[Piece]:
-    layers = source.architecture.num_layers
     for name, shape in parameter_shapes(source.architecture, divisible_by).items():
         written_as = dtype or source.dtype(name)
-        layer = layer_of(name)
-        lead = () if layer is None else (layer,)
-        whole = shape if layer is None else (layers, *shape)
+        key, place = stacked_key(name, source.architecture)
+        whole = (*stacked_sizes(place, source.architecture), *shape)
         for block in blocks_of(shape, source.row_step(name), written_as):
             rows = block[0]
-            sizes = (*(1 for _ in lead), rows.stop - rows.start, *shape[1:])
-            offsets = (*lead, rows.start, *(0 for _ in shape[1:]))
-            key = name if layer is None else stacked_key(name)
+            sizes = (*(1 for _ in place), rows.stop - rows.start, *shape[1:])
+            offsets = (*place, rows.start, *(0 for _ in shape[1:]))
             yield Piece(key, whole, offsets, sizes, written_as, partial(_read, source, name, block, written_as, sizes))
 
 
@@ -162,15 +150,6 @@ def _read(source: HFWeights, name: str, block: Block, dtype: torch.dtype, sizes:
 def _of_its_own(tensor: Tensor) -> Tensor:
     """The same memory as the whole of a storage: torch's checkpoint writer copies a tensor that is part of one."""
     return torch.from_numpy(tensor.view(-1).view(torch.uint8).numpy()).view(tensor.dtype)
-
-
-def _extra_states(architecture: GPTArchitecture) -> dict[str, Any]:
-    layers = architecture.num_layers
-    return {
-        f"decoder.layers.{module}._extra_state/shard_{layer}_{layers}": [None]
-        for module in _WITH_EXTRA_STATE
-        for layer in range(layers)
-    }
 
 
 def _megatron_lm_arguments(architecture: GPTArchitecture, tp: int, pp: int, dtype: torch.dtype) -> argparse.Namespace:
@@ -196,6 +175,10 @@ def _megatron_lm_arguments(architecture: GPTArchitecture, tp: int, pp: int, dtyp
         add_bias_linear=a.add_bias_linear,
         add_qkv_bias=a.add_qkv_bias,
         qk_layernorm=a.qk_layernorm,
+        num_experts=a.num_moe_experts,
+        moe_ffn_hidden_size=None if a.num_moe_experts is None else a.mlp_width,
+        moe_router_topk=a.moe_router_topk,
+        moe_router_pre_softmax=a.moe_router_pre_softmax,
         window_size=None if a.sliding_window is None else (a.sliding_window - 1, 0),
         untie_embeddings_and_output_weights=not a.share_embeddings_and_output_weights,
         make_vocab_size_divisible_by=128,

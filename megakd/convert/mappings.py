@@ -169,7 +169,7 @@ class GatedMLP(_Oriented):
         self, folder: SafetensorsFolder, hf_names: Sequence[str], block: Block, architecture: GPTArchitecture
     ) -> Tensor:
         """See WeightMapping.read."""
-        half, parts = architecture.ffn_hidden_size, []
+        half, parts = self._turn(folder.shape(hf_names[0]))[0], []
         for index, name in enumerate(hf_names):
             start, stop = (min(max(bound - index * half, 0), half) for bound in (block[0].start, block[0].stop))
             if start < stop:

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from megakd.common.errors import UserError, nearest
 from megakd.config.architecture import GPTArchitecture
+from megakd.convert.checkpoint_keys import stacked_key, stacked_sizes
 from megakd.convert.hf_config import architecture_from_hf
 from megakd.convert.source import show_shape, source_name, stored_name
-from megakd.parameters.sharding import OUTPUT_LAYER, WORD_EMBEDDINGS, Block, layer_of, parameter_shapes
+from megakd.parameters.sharding import OUTPUT_LAYER, WORD_EMBEDDINGS, Block, parameter_shapes
 from megakd.torch_dist import TorchDistFolder, checkpoint_folder
 
 _VOCABULARY = (WORD_EMBEDDINGS, OUTPUT_LAYER)
@@ -23,7 +24,7 @@ _NOT_THE_MODEL = ("optimizer.", "chained_")
 
 
 class MegatronWeights:
-    """See WeightSource. megatron-core keeps a parameter of all layers as one tensor [layers, ...].
+    """See WeightSource.
 
     Args:
         path: a folder in Megatron-LM's layout, or the one inside it that holds the tensors.
@@ -55,8 +56,8 @@ class MegatronWeights:
 
     def read(self, name: str, block: Block) -> Tensor:
         """See WeightSource.read."""
-        key, layer = self._place(name)
-        shape = self.folder.shape(key)[len(layer) :]
+        key, place = self._place(name)
+        shape = self.folder.shape(key)[len(place) :]
         bounds = [(part.start, part.stop) for part in block] + [(0, size) for size in shape[len(block) :]]
         # Rows beyond the vocabulary are zero, however many the checkpoint has.
         stored = self.architecture.vocab_size if name in _VOCABULARY else shape[0]
@@ -66,7 +67,7 @@ class MegatronWeights:
         ]
         offsets = tuple(start for start, _ in inside)
         sizes = tuple(stop - start for start, stop in inside)
-        part = self.folder.read(key, (*layer, *offsets), (*(1 for _ in layer), *sizes)).reshape(sizes)
+        part = self.folder.read(key, (*place, *offsets), (*(1 for _ in place), *sizes)).reshape(sizes)
         missing = bounds[0][1] - bounds[0][0] - sizes[0] if name in _VOCABULARY else 0
         return torch.cat([part, part.new_zeros(missing, *sizes[1:])]) if missing else part
 
@@ -82,20 +83,19 @@ class MegatronWeights:
         """See WeightSource.check."""
         for name, shape in parameter_shapes(architecture, divisible_by=1).items():
             origin = source_name(name, layer_map)
-            key, layer = self._place(origin)
+            key, place = self._place(origin)
             if key not in self._keys:
                 raise UserError(
                     f"{self.path} has no tensor {key}, which the model of {self.config_dir / 'config.json'} needs."
                     f"{nearest(key, self._keys)}"
                 )
-            found = self.folder.shape(key)[len(layer) :]
+            stored, sizes = self.folder.shape(key), stacked_sizes(place, self.architecture)
+            found = stored[len(place) :]
             padded = name in _VOCABULARY and found[:1] > shape[:1] and found[1:] == shape[1:]
-            layers = self.folder.shape(key)[0] if layer else self.architecture.num_layers
-            if (found != shape and not padded) or layers != self.architecture.num_layers:
-                whole = ((self.architecture.num_layers,) if layer else ()) + shape
+            if (found != shape and not padded) or stored[: len(place)] != sizes:
                 raise UserError(
-                    f"{key} in {self.path} has the shape {show_shape(self.folder.shape(key))}; config.json means "
-                    f"{show_shape(whole)}."
+                    f"{key} in {self.path} has the shape {show_shape(stored)}; config.json means "
+                    f"{show_shape(sizes + shape)}."
                 )
             if self.folder.dtype(key) not in _FLOATS:
                 raise UserError(f"{key} in {self.path} is stored as {self.folder.dtype(key)}; it must be a float.")
@@ -110,15 +110,7 @@ class MegatronWeights:
                 )
 
     def _place(self, name: str) -> tuple[str, tuple[int, ...]]:
-        """Key of a parameter, and its index in the key's leading dimensions."""
+        """See stacked_key."""
         name = stored_name(name, self.architecture)
-        layer = layer_of(name)
         # Megatron-LM writes one key per layer where layers differ, or when it is told to.
-        if layer is None or name in self._keys:
-            return name, ()
-        return stacked_key(name), (layer,)
-
-
-def stacked_key(name: str) -> str:
-    """megatron-core's key of a parameter of all layers."""
-    return name.replace(f"decoder.layers.{layer_of(name)}.", "decoder.layers.", 1)
+        return (name, ()) if name in self._keys else stacked_key(name, self.architecture)

@@ -9,22 +9,23 @@ from typing import Any
 
 from megakd.config.architecture import GPTArchitecture
 from megakd.convert.mappings import Shape, WeightMapping
-from megakd.parameters.sharding import layer_of
+from megakd.parameters.sharding import expert_of, layer_of
 
 Value = int | float | bool | str | None
 
 
 @dataclass(frozen=True)
 class Row:
-    """One parameter and the Hugging Face weights it is made of; `{i}` stands for the layer."""
+    """One parameter and the Hugging Face weights it is made of; `{i}` stands for the layer, `{e}` for the expert."""
 
     canonical_pattern: str
     hf_patterns: tuple[str, ...]
     mapping: WeightMapping
 
-    def hf_names(self, layer: int | None) -> tuple[str, ...]:
-        """Names of the weights in this layer."""
-        return tuple(pattern.replace("{i}", str(layer)) for pattern in self.hf_patterns)
+    def hf_names(self, name: str) -> tuple[str, ...]:
+        """Names of the weights of the parameter of this name, in its layer and expert."""
+        layer, expert = str(layer_of(name)), str(expert_of(name))
+        return tuple(pattern.replace("{i}", layer).replace("{e}", expert) for pattern in self.hf_patterns)
 
 
 @dataclass(frozen=True)
@@ -32,17 +33,19 @@ class ConfigKey:
     """The keys of config.json that hold one field of the architecture; several must hold the same value.
 
     Args:
+        aliases: other spellings of the key, read where it is absent and written beside it.
         default: the family's own for an absent key, possibly computed from the rest of config.json; None where a model
             without it cannot be read.
         null: an explicit null says something, which is what GPTArchitecture takes for a field not given; otherwise it
             is as if the key were absent.
-        words: config.json's word for each value of the field, where they differ.
+        words: config.json's value for each value of the field, where they differ.
     """
 
     names: tuple[str, ...]
     default: Value | Callable[[Mapping[str, Any]], Value] = None
     null: bool = False
-    words: Mapping[str, str] | None = None
+    words: Mapping[Any, Value] | None = None
+    aliases: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -80,8 +83,9 @@ class Family:
         Raises:
             KeyError: the family has no such parameter.
         """
-        layer = layer_of(name)
+        layer, expert = layer_of(name), expert_of(name)
         pattern = name if layer is None else name.replace(f"layers.{layer}.", "layers.{i}.", 1)
+        pattern = pattern if expert is None else pattern.replace(f".experts.{expert}.", ".experts.{e}.", 1)
         for row in self.rows:
             if row.canonical_pattern == pattern:
                 return row
@@ -90,7 +94,7 @@ class Family:
     def hf_shapes(self, name: str, shape: Shape, architecture: GPTArchitecture) -> dict[str, Shape]:
         """Names and shapes of the weights of a parameter whose full shape is `shape`."""
         row = self.row_of(name)
-        return dict(zip(row.hf_names(layer_of(name)), row.mapping.hf_shapes(shape, architecture), strict=True))
+        return dict(zip(row.hf_names(name), row.mapping.hf_shapes(shape, architecture), strict=True))
 
     def ignores(self, hf_name: str) -> bool:
         """Whether a weight of the folder is passed over."""

@@ -184,6 +184,7 @@ def transformer_config(
         add_bias_linear=architecture.add_bias_linear,
         add_qkv_bias=architecture.add_qkv_bias,
         qk_layernorm=architecture.qk_layernorm,
+        **_experts(architecture),
         # megatron-core counts the tokens to the left and to the right of a token, itself not included.
         window_size=None if architecture.sliding_window is None else (architecture.sliding_window - 1, 0),
         init_method_std=architecture.init_method_std,
@@ -209,3 +210,18 @@ def transformer_config(
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
     )
+
+
+def _experts(architecture: GPTArchitecture) -> dict[str, Any]:
+    if architecture.num_moe_experts is None:
+        return {}
+    return {
+        "num_moe_experts": architecture.num_moe_experts,
+        "moe_ffn_hidden_size": architecture.mlp_width,
+        "moe_router_topk": architecture.moe_router_topk,
+        "moe_router_pre_softmax": architecture.moe_router_pre_softmax,
+        # The divergence teaches the router; it is not pushed towards using all experts alike.
+        "moe_router_load_balancing_type": "none",
+        # Experts are cut over tensor ranks, which all see every token, so nothing but a gather is needed.
+        "moe_token_dispatcher_type": "allgather",
+    }

@@ -41,7 +41,7 @@ def run_pipeline(
         The records in order on the last stage, an empty list on the others.
     """
     arguments: dict[str, Any] = {
-        "forward_step_func": forward_step,
+        "forward_step_func": _with_tensor_output(forward_step) if forward_only else forward_step,
         "data_iterator": iter(microbatches),
         "model": model,
         "num_microbatches": num_microbatches,
@@ -55,3 +55,15 @@ def run_pipeline(
         return forward_backward_no_pipelining(**arguments)
     communicator = P2PCommunicator(pp_group=mesh.groups.pp, config=get_model_config(model))
     return forward_backward_pipelining_without_interleaving(**arguments, p2p_communicator=communicator)
+
+
+def _with_tensor_output(forward_step: ForwardStep) -> ForwardStep:
+    """For a model with experts the schedules ask what a stage returns for its device, so it may not be a tuple."""
+
+    def step(microbatches: Any, model: torch.nn.Module) -> tuple[Any, Callable[..., Any]]:
+        output, function = forward_step(microbatches, model)
+        if not isinstance(output, tuple):
+            return output, function
+        return output[0], lambda _, **settings: function(output, **settings)
+
+    return step

@@ -16,6 +16,7 @@ POSITION_EMBEDDINGS = "embedding.position_embeddings.weight"
 OUTPUT_LAYER = "output_layer.weight"
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
+_EXPERT = re.compile(r"\.experts\.(\d+)\.")
 # The local spec keeps a norm beside the linear layer that follows it; Transformer Engine's layers contain it.
 _FUSED_NORMS = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
@@ -56,6 +57,7 @@ def canonical_name(module_name: str, layer_offset: int) -> str:
     for separate, fused in _FUSED_NORMS.items():
         if rest.startswith(separate):
             rest = fused + rest[len(separate) :]
+    rest = rest.replace(".local_experts.", ".", 1)
     return f"decoder.layers.{int(match[1]) + layer_offset}.{rest}"
 
 
@@ -67,6 +69,12 @@ def in_layer(name: str, layer: int) -> str:
 def layer_of(name: str) -> int | None:
     """Global layer number in a canonical name, None for a parameter outside the layers."""
     match = _LAYER.match(name)
+    return int(match[1]) if match else None
+
+
+def expert_of(name: str) -> int | None:
+    """Number of the expert in a canonical name, None for a parameter outside the experts."""
+    match = _EXPERT.search(name)
     return int(match[1]) if match else None
 
 
@@ -176,7 +184,7 @@ def _layer_shapes(architecture: GPTArchitecture) -> dict[str, tuple[int, ...]]:
     hidden, kv_channels = architecture.hidden_size, architecture.kv_channels
     query = architecture.num_attention_heads * kv_channels
     qkv = query + 2 * architecture.num_query_groups * kv_channels
-    fc1 = architecture.ffn_hidden_size * (2 if architecture.activation == "swiglu" else 1)
+    fc1 = architecture.mlp_width * (2 if architecture.activation == "swiglu" else 1)
     linear_bias, norm_bias = architecture.add_bias_linear, architecture.normalization == "LayerNorm"
     qkv_bias, qk_norm = linear_bias or architecture.add_qkv_bias, architecture.qk_layernorm
     entries: list[tuple[str, tuple[int, ...], bool]] = [
@@ -192,9 +200,15 @@ def _layer_shapes(architecture: GPTArchitecture) -> dict[str, tuple[int, ...]]:
         ("self_attention.linear_proj.bias", (hidden,), linear_bias),
         ("mlp.linear_fc1.layer_norm_weight", (hidden,), True),
         ("mlp.linear_fc1.layer_norm_bias", (hidden,), norm_bias),
-        ("mlp.linear_fc1.weight", (fc1, hidden), True),
-        ("mlp.linear_fc1.bias", (fc1,), linear_bias),
-        ("mlp.linear_fc2.weight", (hidden, architecture.ffn_hidden_size), True),
-        ("mlp.linear_fc2.bias", (hidden,), linear_bias),
     ]
+    experts = architecture.num_moe_experts
+    if experts is not None:
+        entries.append(("mlp.router.weight", (experts, hidden), True))
+    for mlp in ["mlp."] if experts is None else [f"mlp.experts.{e}." for e in range(experts)]:
+        entries += [
+            (mlp + "linear_fc1.weight", (fc1, hidden), True),
+            (mlp + "linear_fc1.bias", (fc1,), linear_bias),
+            (mlp + "linear_fc2.weight", (hidden, architecture.mlp_width), True),
+            (mlp + "linear_fc2.bias", (hidden,), linear_bias),
+        ]
     return {name: shape for name, shape, present in entries if present}

@@ -13,7 +13,8 @@ def forward_flops_per_token(architecture: GPTArchitecture, sequence_length: int)
     a = architecture
     query, kv = a.num_attention_heads * a.kv_channels, a.num_query_groups * a.kv_channels
     projections = a.hidden_size * (query + 2 * kv) + query * a.hidden_size
-    mlp = a.hidden_size * a.ffn_hidden_size * (3 if a.activation == "swiglu" else 2)
+    mlp = a.mlps_per_token * a.hidden_size * a.mlp_width * (3 if a.activation == "swiglu" else 2)
+    mlp += a.hidden_size * (a.num_moe_experts or 0)
     attention = query * sequence_length
     return 2.0 * (a.num_layers * (projections + mlp + attention) + a.hidden_size * a.vocab_size)
 

@@ -17,6 +17,7 @@ SOURCES: dict[str, dict[str, Any]] = {
     "tp2_pp2": layout(2, 2),
     "tp2_pp2_distributed_optimizer": layout(2, 2, **SHARDED),
     "tp2_dp2_distributed_optimizer": layout(2, **OVERLAPPED),
+    "experts_tp2_pp2": layout(2, 2, parallel__sequence_parallel=True, **SHARDED),
 }
 # What loads.
 TARGETS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -62,7 +63,8 @@ def saved(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, run_ranks: Callable[..., list[Any]]
 ) -> Saved:
     # A tied head across stages has a copy of the embedding to save.
-    folder = write_run_files(tmp_path_factory.mktemp(request.param), tied=request.param == "tp2_pp2")
+    name = request.param
+    folder = write_run_files(tmp_path_factory.mktemp(name), tied=name == "tp2_pp2", experts=name.startswith("experts"))
     return Saved(folder, request.param, run_ranks)
 
 

@@ -159,7 +159,7 @@ def test_accepted(rule: str, changes: dict[str, Any], arguments: tuple[int, ...]
 
 def test_every_rule_is_tested_both_ways() -> None:
     rules = {name.removeprefix("check_") for name in vars(checks) if name.startswith("check_")}
-    on_models = {"architecture", "positions", "tensor_split", "vocabulary_split", "layer_split"}
+    on_models = {"architecture", "experts", "positions", "tensor_split", "vocabulary_split", "layer_split"}
     assert {rule for rule, *_ in REFUSED} == {rule for rule, *_ in ACCEPTED} == rules - on_models - {"config"}
 
 
@@ -188,6 +188,11 @@ def check_model(role: checks.Role, architecture: GPTArchitecture, length: int = 
         ("teacher", {"max_position_embeddings": 512}, {"length": 1024},
          "data.sequence_length is 1024; the teacher's positions end at 512 (max_position_embeddings). Use at most 512"),
         ("student", {}, {"length": 65}, "data.sequence_length is 65; the student's positions end at 64 "),
+        ("student", {"num_moe_experts": 4}, {"tp": 2},
+         "parallel.sequence_parallel is false; a student with experts (num_moe_experts 4) needs it with "
+         "tensor_model_parallel_size 2. Set it to true."),
+        ("teacher", {"num_moe_experts": 4, "moe_ffn_hidden_size": 3}, {"tp": 2},
+         "parallel.tensor_model_parallel_size is 2; it must divide the teacher's moe_ffn_hidden_size, 3. Use 1."),
         ("student", {}, {"tp": 3},
          "parallel.tensor_model_parallel_size is 3; it must divide the student's num_attention_heads, 8. Use 1, 2 or "
          "4."),

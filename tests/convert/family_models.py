@@ -19,15 +19,31 @@ _LLAMA_3 = {
 }  # fmt: skip
 _GPT2 = {"n_embd": 64, "n_layer": 4, "n_head": 4, "n_positions": 64, "vocab_size": 131}
 
+_EXPERTS = {"num_experts_per_tok": 2, "router_aux_loss_coef": 0.0}
+
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama2": ("Llama", _LLAMA_LIKE | {"num_key_value_heads": 4}),
     "llama3_tied": ("Llama", _LLAMA_LIKE | {"rope_parameters": _LLAMA_3, "tie_word_embeddings": True}),
     "mistral": ("Mistral", _LLAMA_LIKE | {"head_dim": 32, "sliding_window": None}),
     "mistral_window": ("Mistral", _LLAMA_LIKE | {"sliding_window": 16}),
+    "mixtral": ("Mixtral", _LLAMA_LIKE | _EXPERTS | {"num_local_experts": 4, "sliding_window": 20}),
     "qwen2": ("Qwen2", _LLAMA_LIKE),
     "qwen2_tied": ("Qwen2", _LLAMA_LIKE | {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3", _LLAMA_LIKE | {"head_dim": 32}),
     "qwen3_tied": ("Qwen3", _LLAMA_LIKE | {"head_dim": 32, "tie_word_embeddings": True}),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        _LLAMA_LIKE
+        | _EXPERTS
+        | {"num_experts": 6, "moe_intermediate_size": 48, "head_dim": 32, "norm_topk_prob": True},
+    ),
+    "qwen3_moe_tied": (
+        "Qwen3Moe",
+        _LLAMA_LIKE
+        | _EXPERTS
+        | {"num_experts": 4, "moe_intermediate_size": 48, "head_dim": 32}
+        | {"tie_word_embeddings": True, "norm_topk_prob": False},
+    ),
     "phi3": ("Phi3", _LLAMA_LIKE | {"sliding_window": 20}),
     "phi3_partial_rotary": (
         "Phi3",

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM
 
 from megakd.common.errors import UserError
@@ -36,8 +37,8 @@ def test_round_trip_is_exact(tmp_path: Path, name: str, dtype: torch.dtype) -> N
 
 
 def test_every_table_has_a_model_here() -> None:
-    config_types = {settings[0].lower() for settings in MODELS.values()}
-    assert config_types == {family.model_type for family in FAMILIES}
+    model_types = {getattr(transformers, f"{family}Config").model_type for family, _ in MODELS.values()}
+    assert model_types == {family.model_type for family in FAMILIES}
 
 
 def rewritten(path: Path, change: dict[str, object]) -> None:
@@ -76,6 +77,16 @@ def test_keys_left_out_are_the_familys_own(tmp_path: Path, name: str) -> None:
     assert architecture.share_embeddings_and_output_weights == config.tie_word_embeddings
 
 
+def test_the_number_of_experts_as_version_4_spells_it(tmp_path: Path) -> None:
+    save_model(tmp_path, "qwen3_moe")
+    rewritten(tmp_path, {"num_local_experts": ..., "num_experts": 6})
+    assert architecture_from_hf(tmp_path).num_moe_experts == 6
+    rewritten(tmp_path, {"num_experts": ..., "moe_intermediate_size": ..., "norm_topk_prob": ...})
+    architecture = architecture_from_hf(tmp_path)
+    assert (architecture.num_moe_experts, architecture.moe_ffn_hidden_size) == (128, 768)
+    assert architecture.moe_router_pre_softmax
+
+
 def test_mistral_without_a_window_key_has_the_familys_window(tmp_path: Path) -> None:
     save_model(tmp_path, "mistral")
     assert architecture_from_hf(tmp_path).sliding_window is None
@@ -92,10 +103,17 @@ def test_mistral_without_a_window_key_has_the_familys_window(tmp_path: Path) -> 
     [
         ("qwen2", {"use_sliding_window": True}, "use_sliding_window is true in .*; only false is supported for qwen2"),
         ("qwen3", {"attention_bias": True}, "attention_bias is true"),
+        ("qwen3_moe", {"mlp_only_layers": [0]}, r"mlp_only_layers is \[0\] in .*; only \[\] is supported"),
+        (
+            "qwen3_moe",
+            {"norm_topk_prob": True, "num_experts_per_tok": 1},
+            "moe_router_topk 1 needs moe_router_pre_softmax",
+        ),
+        ("mixtral", {"num_experts_per_tok": 5}, r"moe_router_topk \(5\) must not be above num_moe_experts \(4\)"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is true"),
         ("gpt2", {"activation_function": "relu"}, 'activation_function is "relu" in .*; only "gelu_new", "gelu" are'),
         ("phi3", {"rope_parameters": {"rope_type": "longrope"}}, 'rope_type is "longrope"'),
-        ("llama2", {"model_type": "falcon"}, "'falcon' in .*; .* are: llama, mistral, qwen2, qwen3, phi3, gpt2"),
+        ("llama2", {"model_type": "falcon"}, "'falcon' in .*; .* are: llama, mistral, mixtral, qwen2, .*, gpt2"),
     ],
 )
 def test_what_a_family_does_not_express_is_refused(

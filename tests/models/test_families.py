@@ -13,7 +13,8 @@ from megakd.convert import architecture_from_hf, check_weights
 from tests.convert.family_models import MODELS, save_model
 from tests.models.forward import full_logits
 
-LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2)]
+# tensor ranks, stages, sequence parallelism
+LAYOUTS = [(1, 1, False), (2, 1, True), (1, 2, False), (2, 2, False)]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -25,10 +26,10 @@ def test_logits_equal_those_of_transformers(name: str, tmp_path: Path, run_ranks
     with torch.no_grad():
         expected = model(tokens).logits
     assert expected.std() > 0.1
-    for tp, pp in LAYOUTS:
-        for logits in run_ranks(tp * pp, _run, architecture, str(tmp_path), tokens, tp, pp):
+    for layout in LAYOUTS:
+        for logits in run_ranks(layout[0] * layout[1], _run, architecture, str(tmp_path), tokens, *layout):
             torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
 
 
-def _run(architecture: Any, path: str, tokens: torch.Tensor, tp: int, pp: int) -> torch.Tensor:
-    return full_logits(architecture, path, tokens, tp=tp, pp=pp, sequence_parallel=tp > 1)
+def _run(architecture: Any, path: str, tokens: torch.Tensor, tp: int, pp: int, sequence_parallel: bool) -> torch.Tensor:
+    return full_logits(architecture, path, tokens, tp=tp, pp=pp, sequence_parallel=sequence_parallel)

@@ -127,9 +127,9 @@ def run_layout(layout: Layout, student_path: str, teacher_path: str) -> LayoutRe
 
 def gather_gradients(student) -> dict[str, torch.Tensor]:
     """Full gradients by Hugging Face name, on every rank."""
-    from megakd.convert.families.llama import LLAMA
+    from megakd.convert.families import family_of_architecture
     from megakd.models.parameters import canonical_parameters
-    from megakd.parameters.sharding import join_shards, layer_of, shard_of
+    from megakd.parameters.sharding import join_shards, shard_of
 
     mesh, architecture = student.mesh, student.architecture
     if student.model.ddp_config.use_distributed_optimizer:
@@ -147,9 +147,9 @@ def gather_gradients(student) -> dict[str, torch.Tensor]:
             for name, gradient in gradients.items():
                 if not (name == "output_layer.weight" and architecture.share_embeddings_and_output_weights):
                     shards.setdefault(name, {})[tp_rank] = gradient
-    found = {}
+    family, found = family_of_architecture(architecture), {}
     for name, by_rank in shards.items():
         full = join_shards([by_rank[r] for r in range(mesh.tp_size)], shard_of(name, architecture))
-        row = LLAMA.row_of(name)
-        found.update(zip(row.hf_names(layer_of(name)), row.mapping.export(full, architecture), strict=True))
+        row = family.row_of(name)
+        found.update(zip(row.hf_names(name), row.mapping.export(full, architecture), strict=True))
     return found

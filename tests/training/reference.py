@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
 
 STEPS, SEQUENCE, GLOBAL_BATCH, VOCAB = 20, 32, 8, 300
 LR, WEIGHT_DECAY, BETAS, EPS, CLIP = 4e-3, 0.1, (0.9, 0.95), 1e-8, 1.0
@@ -21,7 +24,12 @@ def save_model(folder: Path, *, layers: int, hidden: int, tied: bool, seed: int,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=tied,
         initializer_range=std, rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
-    model = LlamaForCausalLM(config)
+    save_random(folder, config)
+
+
+def save_random(folder: Path, config: PretrainedConfig) -> None:
+    """A random model of this configuration, in Hugging Face format."""
+    model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():  # norms that are not all one, so that a forgotten one shows
         for name, parameter in model.named_parameters():
             if "norm" in name:
@@ -56,8 +64,8 @@ class ReferenceRun:
 
     def __init__(self, student: Path, teacher: Path, batches: list[torch.Tensor], loss: str = "forward_kl") -> None:
         self.divergence = DIVERGENCES[loss]
-        model = LlamaForCausalLM.from_pretrained(student, dtype=torch.float32)
-        guide = LlamaForCausalLM.from_pretrained(teacher, dtype=torch.float32).eval()
+        model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
+        guide = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32).eval()
         decayed = [p for p in model.parameters() if p.dim() > 1]
         others = [p for p in model.parameters() if p.dim() == 1]
         optimizer = torch.optim.AdamW(
@@ -72,12 +80,12 @@ class ReferenceRun:
             optimizer.zero_grad()
             loss.backward()
             if not self.first_gradient:
-                self.first_gradient = {n: p.grad.clone() for n, p in model.named_parameters()}
+                self.first_gradient = _gradients(model)
             self.norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP).item())
             optimizer.step()
             self.losses.append(loss.item())
 
-    def _loss(self, model: LlamaForCausalLM, guide: LlamaForCausalLM, batch: torch.Tensor) -> torch.Tensor:
+    def _loss(self, model: PreTrainedModel, guide: PreTrainedModel, batch: torch.Tensor) -> torch.Tensor:
         tokens, labels = batch[:, :-1], batch[:, 1:]
         z = model(tokens).logits.double()
         with torch.no_grad():
@@ -86,3 +94,15 @@ class ReferenceRun:
         kd = self.divergence(log_p, log_q).mean()
         ce = -z.log_softmax(-1).gather(-1, labels[..., None]).mean()
         return KD_WEIGHT * TEMPERATURE**2 * kd + CE_WEIGHT * ce
+
+
+def _gradients(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Gradients under the names that the weights have on disk, which are others than in memory for experts."""
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter, original in zip(twin.parameters(), model.parameters(), strict=True):
+            assert original.grad is not None
+            parameter.copy_(original.grad)
+    with tempfile.TemporaryDirectory() as folder:
+        twin.save_pretrained(folder)
+        return load_file(Path(folder) / "model.safetensors")

@@ -8,13 +8,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, PretrainedConfig
 
 SEQUENCE, VOCAB = 16, 300
 
 
-def save_llama(folder: Path, *, seed: int, std: float = 0.1, vocab: int = VOCAB, **overrides: Any) -> None:
-    """A random Llama with grouped queries, in Hugging Face format."""
+def save_llama(
+    folder: Path,
+    *,
+    seed: int,
+    std: float = 0.1,
+    vocab: int = VOCAB,
+    kind: type[PretrainedConfig] = LlamaConfig,
+    **overrides: Any,
+) -> None:
+    """A random Llama (or relative) with grouped queries, in Hugging Face format."""
     torch.manual_seed(seed)
     settings: dict[str, Any] = {
         "vocab_size": vocab, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4,
@@ -22,7 +30,7 @@ def save_llama(folder: Path, *, seed: int, std: float = 0.1, vocab: int = VOCAB,
         "tie_word_embeddings": False, "initializer_range": std, "rms_norm_eps": 1e-5,
         "bos_token_id": 1, "eos_token_id": 2,
     }  # fmt: skip
-    model = LlamaForCausalLM(LlamaConfig(**(settings | overrides)))
+    model = AutoModelForCausalLM.from_config(kind(**(settings | overrides)))
     with torch.no_grad():  # norms that are not all one, so that a forgotten one shows
         for name, parameter in model.named_parameters():
             if "norm" in name:
@@ -49,9 +57,10 @@ def learnable_tokens(count: int, vocab: int = VOCAB) -> np.ndarray:
     return stream
 
 
-def write_run_files(folder: Path, *, tied: bool = False, samples: int = 64) -> Path:
+def write_run_files(folder: Path, *, tied: bool = False, experts: bool = False, samples: int = 64) -> Path:
     """Student, teacher and token file under `folder`, which is returned."""
-    save_llama(folder / "student", seed=1, tie_word_embeddings=tied)
+    mixture = {"kind": MixtralConfig, "num_local_experts": 4} if experts else {}
+    save_llama(folder / "student", seed=1, tie_word_embeddings=tied, **mixture)
     save_llama(folder / "teacher", seed=2, std=0.2, hidden_size=48, num_hidden_layers=2)
     write_tokens(folder / "data", learnable_tokens(samples * SEQUENCE + 1))
     return folder

@@ -42,7 +42,6 @@ def train_and_export(values: dict[str, Any]) -> tuple[list[float], dict[str, Sha
 def test_bf16_trains_and_exports_its_main_weights_rounded(tmp_path: Path, run_ranks: Callable[..., list[Any]]) -> None:
     from megakd.convert.families.llama import LLAMA
     from megakd.convert.hf_config import architecture_from_hf
-    from megakd.parameters.sharding import layer_of
 
     values = run_values(write_run_files(tmp_path, samples=STEPS * 8), **SETTINGS)
     results = run_ranks(2, train_and_export, values)
@@ -62,7 +61,7 @@ def test_bf16_trains_and_exports_its_main_weights_rounded(tmp_path: Path, run_ra
         unrounded += int((full != full.bfloat16().float()).sum())
         row = LLAMA.row_of(name)
         weights = row.mapping.export(full.view(shape), architecture)
-        for hf_name, weight in zip(row.hf_names(layer_of(name)), weights, strict=True):
+        for hf_name, weight in zip(row.hf_names(name), weights, strict=True):
             assert torch.equal(exported.pop(hf_name), weight.bfloat16()), hf_name
     assert not exported
     total = sum(shape.numel() for shape in shapes.values())

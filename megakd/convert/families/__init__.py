@@ -11,11 +11,12 @@ from megakd.config.architecture import GPTArchitecture
 from megakd.convert.families.gpt2 import GPT2
 from megakd.convert.families.llama import LLAMA
 from megakd.convert.families.mistral import MISTRAL
+from megakd.convert.families.mixtral import MIXTRAL
 from megakd.convert.families.phi3 import PHI3
-from megakd.convert.families.qwen import QWEN2, QWEN3
+from megakd.convert.families.qwen import QWEN2, QWEN3, QWEN3_MOE
 from megakd.convert.table import Family
 
-FAMILIES: tuple[Family, ...] = (LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, GPT2)
+FAMILIES: tuple[Family, ...] = (LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE, PHI3, GPT2)
 
 
 def family_of_config(config: Mapping[str, Any], path: str | Path) -> Family:

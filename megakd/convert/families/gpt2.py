@@ -39,6 +39,7 @@ GPT2 = Family(
         "qk_layernorm": False,
         "position_embedding_type": "learned_absolute",
         "sliding_window": None,
+        "num_moe_experts": None,
     },
     only={
         "scale_attn_weights": True,

@@ -38,6 +38,7 @@ SHARED_FIXED = {
     "position_embedding_type": "rope",
     "rotary_percent": 1.0,
     "sliding_window": None,
+    "num_moe_experts": None,
 }
 SHARED_ONLY = {"hidden_act": "silu", "quantization_config": None}
 OUTER_ROWS = (
@@ -49,16 +50,15 @@ NORM_ROWS = (
     Row(M + "self_attention.linear_qkv.layer_norm_weight", (H + "input_layernorm.weight",), Direct()),
     Row(M + "mlp.linear_fc1.layer_norm_weight", (H + "post_attention_layernorm.weight",), Direct()),
 )
-OUT_ROWS = (
-    Row(M + "self_attention.linear_proj.weight", (H + "self_attn.o_proj.weight",), Direct()),
-    Row(M + "mlp.linear_fc2.weight", (H + "mlp.down_proj.weight",), Direct()),
-)
+PROJ_ROW = Row(M + "self_attention.linear_proj.weight", (H + "self_attn.o_proj.weight",), Direct())
+ATTENTION_ROWS = (Row(M + "self_attention.linear_qkv.weight", _qkv("weight"), GroupedQKV()), PROJ_ROW)
+DOWN_ROW = Row(M + "mlp.linear_fc2.weight", (H + "mlp.down_proj.weight",), Direct())
 SHARED_ROWS = (
     *OUTER_ROWS,
     *NORM_ROWS,
-    *OUT_ROWS,
-    Row(M + "self_attention.linear_qkv.weight", _qkv("weight"), GroupedQKV()),
+    *ATTENTION_ROWS,
     Row(M + "mlp.linear_fc1.weight", _gate_up("weight"), GatedMLP()),
+    DOWN_ROW,
 )
 QKV_BIAS_ROW = Row(M + "self_attention.linear_qkv.bias", _qkv("bias"), GroupedQKV())
 ROTARY_BUFFERS = (H + "self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from megakd.convert.families.llama import (
+    DOWN_ROW,
     NORM_ROWS,
-    OUT_ROWS,
     OUTER_ROWS,
+    PROJ_ROW,
     ROTARY_BUFFERS,
     SHARED_FIELDS,
     SHARED_FIXED,
@@ -32,7 +33,8 @@ PHI3 = Family(
     rows=(
         *OUTER_ROWS,
         *NORM_ROWS,
-        *OUT_ROWS,
+        PROJ_ROW,
+        DOWN_ROW,
         Row(M + "self_attention.linear_qkv.weight", (H + "self_attn.qkv_proj.weight",), GroupedQKV(fused=True)),
         # Both sides hold [gate; up].
         Row(M + "mlp.linear_fc1.weight", (H + "mlp.gate_up_proj.weight",), Direct()),
