@@ -8,17 +8,16 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from megakd.common.piecewise_file import PiecewiseFile
 from megakd.convert.mappings import Shape
 from megakd.convert.output_folder import OutputFolder, check_replaceable
 from megakd.convert.safetensors_folder import DTYPES, INDEX_FILE, SINGLE_FILE
 
-# Linux takes several times as long for one write of tens of megabytes, or for writes that end within a page (ext4).
-_WRITE_BYTES = 2**20
 _WORDS = {dtype: word for word, dtype in DTYPES.items()}
 
 
@@ -54,9 +53,9 @@ class ShardWriter:
     def __init__(self, out_dir: str | Path, weights: Sequence[Weight], max_shard_bytes: int) -> None:
         self.folder = OutputFolder(out_dir)
         self._weights = {weight.name: weight for weight in weights}
-        self._place: dict[str, tuple[BinaryIO, int]] = {}
+        self._place: dict[str, tuple[PiecewiseFile, int]] = {}
         self._missing = {weight.name: weight.nbytes for weight in weights}
-        self._files: list[BinaryIO] = []
+        self._files: list[PiecewiseFile] = []
         shards = _shards(weights, max_shard_bytes)
         names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
         if len(shards) == 1:
@@ -75,13 +74,8 @@ class ShardWriter:
         part = rows.to(device="cpu", dtype=weight.dtype).contiguous()
         assert part.shape[1:] == weight.shape[1:], (name, part.shape, weight.shape)
         row_bytes = weight.nbytes // max(1, weight.shape[0])
-        begin, memory = start + first_row * row_bytes, part.view(-1).view(torch.uint8).numpy().data
-        file.seek(begin)
-        end = begin + len(memory)
-        while begin < end:
-            stop = min(end, begin - begin % _WRITE_BYTES + _WRITE_BYTES)
-            file.write(memory[: stop - begin])
-            begin, memory = stop, memory[stop - begin :]
+        file.seek(start + first_row * row_bytes)
+        file.write(part.view(-1).view(torch.uint8).numpy().data)
         self._missing[name] -= part.nbytes
 
     def finish(self, config: Mapping[str, Any], tokenizer_from: Path | None, source_config_dir: Path | None) -> None:
@@ -119,7 +113,7 @@ class ShardWriter:
             end = offsets[1]
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
-        file = (self.folder.path / name).open("wb")
+        file = PiecewiseFile(self.folder.path / name)
         self._files.append(file)
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + end)

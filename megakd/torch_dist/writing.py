@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,12 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import Metadata, SavePlan, SavePlanner
 from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import BytesIOWriteData, TensorWriteData, WriteItem, WriteItemType
 from torch.serialization import get_crc32_options, set_crc32_options
 
+from megakd.common.piecewise_file import PiecewiseFile
 from megakd.torch_dist.reading import COMMON_FILE
 
 
@@ -59,6 +63,7 @@ def write_checkpoint(
     planner = _LazyPlanner(pieces, objects, written)
     # With more threads an error in one of them would go unnoticed; with copies ahead more than a piece would be held.
     writer = dcp.FileSystemWriter(folder, sync_files=True, thread_count=1, per_thread_copy_ahead=0)
+    writer.fs = _PiecewiseFiles()
     checksums = get_crc32_options()
     try:
         with warnings.catch_warnings():
@@ -75,6 +80,18 @@ def write_checkpoint(
     backends = {"sharded_backend": "torch_dist", "common_backend": "torch"}
     versions = {f"{backend}_version": 1 for backend in backends}
     (folder / "metadata.json").write_text(json.dumps(backends | versions), encoding="utf-8")
+
+
+class _PiecewiseFiles(FileSystem):
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
+        """As FileSystem's, but see PiecewiseFile."""
+        if mode != "wb":
+            with super().create_stream(path, mode) as stream:
+                yield stream
+        else:
+            with io.BufferedWriter(PiecewiseFile(os.fspath(path))) as stream:
+                yield stream
 
 
 class _LazyPlanner(SavePlanner):

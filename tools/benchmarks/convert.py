@@ -49,9 +49,10 @@ def main() -> None:
                 ("import", ["--hf", str(source), "--out", str(megatron)]),
                 ("export", ["--megatron", str(megatron), "--out", str(back)]),
             ):
-                subprocess.run(["sync"], check=True)
+                # What stood there goes before the clock starts, as the copy's does.
+                subprocess.run(["sh", "-c", f"rm -rf {options[-1]}; sync"], check=True)
                 started = time.perf_counter()
-                worker = [sys.executable, __file__, "--worker", command, *options, "--overwrite"]
+                worker = [sys.executable, __file__, "--worker", command, *options]
                 answer = subprocess.run(worker, check=True, stdout=subprocess.PIPE, text=True).stdout
                 taken[command] = time.perf_counter() - started
                 memory[command] = max(memory.get(command, 0), json.loads(answer.splitlines()[-1]))
