@@ -6,11 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from megakd.common.errors import UserError
+from megakd.config.architecture import GPTArchitecture
 from megakd.convert.hf_config import family_for_export, hf_config_from_architecture, read_hf_config
 from megakd.convert.importing import Progress, blocks_of, check_output, check_space
-from megakd.convert.mappings import Vocabulary
 from megakd.convert.megatron_weights import MegatronWeights
 from megakd.convert.safetensors_folder import INDEX_FILE
 from megakd.convert.shard_writer import ShardWriter, Weight
@@ -63,8 +64,10 @@ def export_checkpoint(
         try:
             writer = ShardWriter(out, weights, max_shard_bytes)
             for name, shape in parameter_shapes(architecture, divisible_by=1).items():
-                for block in _blocks(family, name, shape, types[name]):
-                    done(_write(writer, family, source, name, block))
+                for block in _blocks(family, name, shape, source):
+                    part = source.read(name, block)
+                    _write(writer, family, name, block, part, architecture)
+                    done(part.numel() * types[name].itemsize)
             writer.finish(config, source.config_dir, source.config_dir)
         except OSError as error:
             raise UserError(f"{out} could not be written: {error.strerror or error}.") from error
@@ -73,16 +76,13 @@ def export_checkpoint(
                 writer.discard()
 
 
-def _blocks(family: Family, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> list[Block]:
-    """Some rows at a time where they are rows of the Hugging Face weight too, the largest there are; else the whole."""
-    if isinstance(family.row_of(name).mapping, Vocabulary):
-        return list(blocks_of(shape, 1, dtype))
-    return [(slice(0, shape[0]),)]
+def _blocks(family: Family, name: str, shape: tuple[int, ...], source: MegatronWeights) -> list[Block]:
+    step = family.row_of(name).mapping.export_step(source.architecture)
+    return [(slice(0, shape[0]),)] if step is None else list(blocks_of(shape, step, source.dtype(name)))
 
 
-def _write(writer: ShardWriter, family: Family, source: MegatronWeights, name: str, block: Block) -> int:
-    row, part = family.row_of(name), source.read(name, block)
-    weights = row.mapping.export(part, source.architecture)
-    for hf_name, weight in zip(row.hf_names(name), weights, strict=True):
-        writer.add(hf_name, weight, block[0].start)
-    return part.nbytes
+def _write(
+    writer: ShardWriter, family: Family, name: str, block: Block, part: Tensor, architecture: GPTArchitecture
+) -> None:
+    for hf_name, first_row, rows in family.export(name, part, architecture, block[0].start):
+        writer.add(hf_name, rows, first_row)

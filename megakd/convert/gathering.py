@@ -135,10 +135,8 @@ def export_hf(
 
 
 def _write(writer: ShardWriter, family: Family, name: str, full: Tensor, architecture: GPTArchitecture) -> None:
-    row = family.row_of(name)
-    weights = row.mapping.export(full, architecture)
-    for hf_name, weight in zip(row.hf_names(name), weights, strict=True):
-        writer.add(hf_name, weight)
+    for hf_name, first_row, rows in family.export(name, full, architecture):
+        writer.add(hf_name, rows, first_row)
 
 
 class _Attempt:

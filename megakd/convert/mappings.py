@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,6 +14,8 @@ from megakd.convert.safetensors_folder import SafetensorsFolder
 from megakd.parameters.sharding import Block, join_blocks
 
 Shape = tuple[int, ...]
+Strip = tuple[int, int, Tensor]
+"""Rows of a Hugging Face weight: which of the parameter's weights, the first row, the rows (possibly a view)."""
 
 
 class WeightMapping(Protocol):
@@ -30,8 +32,11 @@ class WeightMapping(Protocol):
     ) -> Tensor:
         """Read a block of the parameter, and no more of the files than it needs."""
 
-    def export(self, full: Tensor, architecture: GPTArchitecture) -> tuple[Tensor, ...]:
-        """The Hugging Face weights of a parameter, possibly views of it."""
+    def export_step(self, architecture: GPTArchitecture) -> int | None:
+        """Blocks that can be exported start and end at multiples of this many rows; None where only the whole can."""
+
+    def export(self, part: Tensor, architecture: GPTArchitecture, first_row: int = 0) -> Iterator[Strip]:
+        """What the parameter, or a block of it that starts at `first_row`, is of its Hugging Face weights."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,10 @@ class _Oriented:
     def row_step(self, architecture: GPTArchitecture) -> int:
         """See WeightMapping.row_step."""
         return 1
+
+    def export_step(self, architecture: GPTArchitecture) -> int | None:
+        """See WeightMapping.export_step."""
+        return None if self.transposed else self.row_step(architecture)
 
     def _turn(self, shape: Shape) -> Shape:
         return shape[::-1] if self.transposed else shape
@@ -70,9 +79,9 @@ class Direct(_Oriented):
         """See WeightMapping.read."""
         return self._read(folder, hf_names[0], block)
 
-    def export(self, full: Tensor, architecture: GPTArchitecture) -> tuple[Tensor, ...]:
+    def export(self, part: Tensor, architecture: GPTArchitecture, first_row: int = 0) -> Iterator[Strip]:
         """See WeightMapping.export."""
-        return (self._write(full),)
+        yield 0, first_row, self._write(part)
 
 
 class Vocabulary:
@@ -97,9 +106,13 @@ class Vocabulary:
         missing = (rows.stop - rows.start) - part.shape[0]
         return torch.cat([part, part.new_zeros(missing, *part.shape[1:])]) if missing else part
 
-    def export(self, full: Tensor, architecture: GPTArchitecture) -> tuple[Tensor, ...]:
+    def export_step(self, architecture: GPTArchitecture) -> int | None:
+        """See WeightMapping.export_step."""
+        return 1
+
+    def export(self, part: Tensor, architecture: GPTArchitecture, first_row: int = 0) -> Iterator[Strip]:
         """See WeightMapping.export."""
-        return (full[: architecture.vocab_size],)
+        yield 0, first_row, part[: max(0, architecture.vocab_size - first_row)]
 
 
 @dataclass(frozen=True)
@@ -142,14 +155,18 @@ class GroupedQKV(_Oriented):
             offset += architecture.num_query_groups * rows if self.fused else 0
         return torch.cat(parts, dim=1).flatten(0, 1)
 
-    def export(self, full: Tensor, architecture: GPTArchitecture) -> tuple[Tensor, ...]:
+    def export(self, part: Tensor, architecture: GPTArchitecture, first_row: int = 0) -> Iterator[Strip]:
         """See WeightMapping.export."""
-        rows = self._rows_in_group(architecture)
-        groups = full.reshape(architecture.num_query_groups, sum(rows), *full.shape[1:])
+        rows, step = self._rows_in_group(architecture), self.row_step(architecture)
+        first, groups = first_row // step, part.reshape(-1, step, *part.shape[1:])
         strips = [strip.flatten(0, 1) for strip in torch.split(groups, rows, dim=1)]
-        if self.fused:
-            return (self._write(torch.cat(strips)),)
-        return tuple(self._write(strip) for strip in strips)
+        if self.fused and self.transposed:
+            yield 0, 0, self._write(torch.cat(strips))
+            return
+        offset = 0
+        for index, (strip, each) in enumerate(zip(strips, rows, strict=True)):
+            yield 0 if self.fused else index, offset + first * each, self._write(strip)
+            offset += architecture.num_query_groups * each if self.fused else 0
 
     @staticmethod
     def _rows_in_group(architecture: GPTArchitecture) -> list[int]:
@@ -169,14 +186,16 @@ class GatedMLP(_Oriented):
         self, folder: SafetensorsFolder, hf_names: Sequence[str], block: Block, architecture: GPTArchitecture
     ) -> Tensor:
         """See WeightMapping.read."""
-        half, parts = self._turn(folder.shape(hf_names[0]))[0], []
+        half, parts = architecture.mlp_width, []
         for index, name in enumerate(hf_names):
             start, stop = (min(max(bound - index * half, 0), half) for bound in (block[0].start, block[0].stop))
             if start < stop:
                 parts.append(self._read(folder, name, (slice(start, stop), *block[1:])))
         return join_blocks(parts)
 
-    def export(self, full: Tensor, architecture: GPTArchitecture) -> tuple[Tensor, ...]:
+    def export(self, part: Tensor, architecture: GPTArchitecture, first_row: int = 0) -> Iterator[Strip]:
         """See WeightMapping.export."""
-        gate, up = full.chunk(2)
-        return self._write(gate), self._write(up)
+        gate_rows = max(0, architecture.mlp_width - first_row)
+        for index, rows in enumerate((part[:gate_rows], part[gate_rows:])):
+            if len(rows):
+                yield index, max(0, first_row - index * architecture.mlp_width), self._write(rows)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from torch import Tensor
 
 from megakd.config.architecture import GPTArchitecture
 from megakd.convert.mappings import Shape, WeightMapping
@@ -95,6 +97,15 @@ class Family:
         """Names and shapes of the weights of a parameter whose full shape is `shape`."""
         row = self.row_of(name)
         return dict(zip(row.hf_names(name), row.mapping.hf_shapes(shape, architecture), strict=True))
+
+    def export(
+        self, name: str, part: Tensor, architecture: GPTArchitecture, first_row: int = 0
+    ) -> Iterator[tuple[str, int, Tensor]]:
+        """Rows of the weights that a parameter, or a block of it from `first_row` on, makes: name, first row, rows."""
+        row = self.row_of(name)
+        names = row.hf_names(name)
+        for index, first, rows in row.mapping.export(part, architecture, first_row):
+            yield names[index], first, rows
 
     def ignores(self, hf_name: str) -> bool:
         """Whether a weight of the folder is passed over."""

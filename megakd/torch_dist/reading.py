@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,11 @@ from torch.distributed.checkpoint.metadata import (
     MetadataIndex,
     TensorStorageMetadata,
 )
+from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megakd.common.errors import UserError, nearest
+from megakd.torch_dist.records import MappedFiles
 from megakd.torch_dist.unpickling import load_metadata, load_object
 
 METADATA_FILE = ".metadata"
@@ -64,6 +68,8 @@ class TorchDistFolder:
             for key, entry in self._metadata.state_dict_metadata.items()
             if isinstance(entry, TensorStorageMetadata)
         }
+        self._chunks = {key: _ChunkIndex(entry.chunks) for key, entry in self._tensors.items()}
+        self._files = MappedFiles(path)
 
     @property
     def keys(self) -> list[str]:
@@ -79,25 +85,37 @@ class TorchDistFolder:
         return self._entry(key).properties.dtype
 
     def read(self, key: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
-        """A block of a tensor, put together from the pieces that hold it.
+        """A block of a tensor, put together from the pieces that hold it; one that lies in a piece is not copied.
 
         Raises:
             UserError: a piece or its file is missing or damaged.
         """
         entry = self._entry(key)
         block = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
-        items = create_read_items_for_chunk_list(key, entry, [block])
+        chunks = self._chunks[key].near(offsets, sizes)
+        items = create_read_items_for_chunk_list(key, replace(entry, chunks=chunks), [block])
         if sum(math.prod(item.lengths) for item in items) != math.prod(sizes):
             raise UserError(f"{self.path} holds {key} in part only. Copy or write the checkpoint again.")
-        target = torch.empty(sizes, dtype=entry.properties.dtype)
         try:
+            if len(items) == 1 and (part := self._mapped(items[0])) is not None:
+                return part
+            target = torch.empty(sizes, dtype=entry.properties.dtype)
             self._reader.read_data(LoadPlan(items), _IntoOne(target)).wait()
-        except (OSError, RuntimeError, EOFError, KeyError, AssertionError, ValueError) as error:
+        except (OSError, RuntimeError, EOFError, KeyError, AssertionError, ValueError, zipfile.BadZipFile) as error:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise UserError(
                 f"{key} in {self.path} cannot be read ({reason}). Copy or write the checkpoint again."
             ) from error
         return target
+
+    def _mapped(self, item: ReadItem) -> Tensor | None:
+        info = self._metadata.storage_data[item.storage_index]
+        if getattr(info, "transform_descriptors", None):
+            return None
+        piece = self._files.tensor(info.relative_path, info.offset, info.length)
+        if piece is None:
+            return None
+        return piece[tuple(slice(o, o + n) for o, n in zip(item.storage_offsets, item.lengths, strict=True))]
 
     def _entry(self, key: str) -> TensorStorageMetadata:
         if key not in self._tensors:
@@ -140,6 +158,24 @@ class _Reader(FileSystemReader):
             if not isinstance(index, MetadataIndex) or Path(info.relative_path).name != info.relative_path:
                 raise UserError(f"{file} names {info.relative_path}, which is not a file of its folder.")
         return metadata
+
+
+class _ChunkIndex:
+    """The chunks of a tensor by layer, and by expert, where each is of one: there may be thousands."""
+
+    def __init__(self, chunks: list[ChunkStorageMetadata]) -> None:
+        dims = len(chunks[0].sizes)
+        self._lead = next((dim for dim in range(dims) if any(chunk.sizes[dim] != 1 for chunk in chunks)), dims)
+        self._all = chunks
+        self._by_place: dict[tuple[int, ...], list[ChunkStorageMetadata]] = {}
+        for chunk in chunks:
+            self._by_place.setdefault(tuple(chunk.offsets[: self._lead]), []).append(chunk)
+
+    def near(self, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> list[ChunkStorageMetadata]:
+        """Chunks that may hold part of a block."""
+        if any(size != 1 for size in sizes[: self._lead]):
+            return self._all
+        return self._by_place.get(tuple(offsets[: self._lead]), [])
 
 
 class _IntoOne(DefaultLoadPlanner):

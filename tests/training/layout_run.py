@@ -150,6 +150,5 @@ def gather_gradients(student) -> dict[str, torch.Tensor]:
     family, found = family_of_architecture(architecture), {}
     for name, by_rank in shards.items():
         full = join_shards([by_rank[r] for r in range(mesh.tp_size)], shard_of(name, architecture))
-        row = family.row_of(name)
-        found.update(zip(row.hf_names(name), row.mapping.export(full, architecture), strict=True))
+        found.update({hf_name: rows for hf_name, _, rows in family.export(name, full, architecture)})
     return found

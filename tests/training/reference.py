@@ -18,17 +18,17 @@ KD_WEIGHT, CE_WEIGHT, TEMPERATURE = 0.3, 1.0, 1.5
 
 def save_model(folder: Path, *, layers: int, hidden: int, tied: bool, seed: int, std: float) -> None:
     """A random Llama with grouped queries, in Hugging Face format."""
-    torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=VOCAB, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=tied,
         initializer_range=std, rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
-    save_random(folder, config)
+    save_random(folder, config, seed)
 
 
-def save_random(folder: Path, config: PretrainedConfig) -> None:
+def save_random(folder: Path, config: PretrainedConfig, seed: int) -> None:
     """A random model of this configuration, in Hugging Face format."""
+    torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():  # norms that are not all one, so that a forgotten one shows
         for name, parameter in model.named_parameters():

@@ -79,8 +79,9 @@ def test_other_divergences_train_as_transformers_does(
 def assert_same_run(result: LayoutResult, expected: reference.ReferenceRun) -> None:
     assert set(result.first_gradient) == set(expected.first_gradient)
     for parameter, gradient in expected.first_gradient.items():
-        difference = (result.first_gradient[parameter] - gradient).norm() / gradient.norm()
-        assert difference < 1e-5, f"{parameter}: {difference:.2e}"
+        difference = (result.first_gradient[parameter] - gradient).norm()
+        # An expert that no token goes to has none.
+        assert difference <= 1e-5 * gradient.norm(), f"{parameter}: {difference:.2e} of {gradient.norm():.2e}"
     assert result.losses[0] == pytest.approx(expected.losses[0], rel=1e-6)
     assert result.losses == pytest.approx(expected.losses, rel=1e-4)
     assert result.norms == pytest.approx(expected.norms, rel=1e-3)

@@ -59,9 +59,7 @@ def test_bf16_trains_and_exports_its_main_weights_rounded(tmp_path: Path, run_ra
                 assert full[start:stop].isnan().all(), f"two ranks hold {name}"
                 full[start:stop] = main
         unrounded += int((full != full.bfloat16().float()).sum())
-        row = LLAMA.row_of(name)
-        weights = row.mapping.export(full.view(shape), architecture)
-        for hf_name, weight in zip(row.hf_names(name), weights, strict=True):
+        for hf_name, _, weight in LLAMA.export(name, full.view(shape), architecture):
             assert torch.equal(exported.pop(hf_name), weight.bfloat16()), hf_name
     assert not exported
     total = sum(shape.numel() for shape in shapes.values())

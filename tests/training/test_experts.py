@@ -31,8 +31,8 @@ class ExpertCase(Case):
     def __init__(self, folder: Path) -> None:
         self.student, self.teacher = folder / "student", folder / "teacher"
         experts = {"moe_intermediate_size": 24, "num_experts": 6, "norm_topk_prob": False}
-        reference.save_random(self.student, Qwen3MoeConfig(num_hidden_layers=4, head_dim=16, **experts, **SIZES))
-        reference.save_random(self.teacher, MixtralConfig(num_hidden_layers=2, num_local_experts=4, **SIZES))
+        reference.save_random(self.student, Qwen3MoeConfig(num_hidden_layers=4, head_dim=16, **experts, **SIZES), 1)
+        reference.save_random(self.teacher, MixtralConfig(num_hidden_layers=2, num_local_experts=4, **SIZES), 2)
 
 
 @pytest.fixture(scope="module")

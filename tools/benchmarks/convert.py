@@ -1,7 +1,8 @@
 #!/usr/bin/env python
 """Importing and exporting a random model of Qwen2.5-1.5B's shape against copying its files: time and memory.
 
-Every round copies (`cp -r` and `sync`), imports and exports, each in a process of its own, sources in the page cache.
+Every round copies (`cp -r` and `sync`), imports and exports, each in a process of its own, sources in the page cache
+and as much memory freed just before.
 
     python tools/benchmarks/convert.py --rounds 3 --json
 """
@@ -43,14 +44,13 @@ def main() -> None:
         seconds: dict[str, list[float]] = {"copy": [], "import": [], "export": []}
         memory: dict[str, int] = {}
         for round_ in range(arguments.rounds + 1):
-            subprocess.run(["sh", "-c", f"rm -rf {copy}; sync"], check=True)
+            _prepare(source, copy)
             taken = {"copy": _timed(["sh", "-c", f"cp -r {source} {copy} && sync"])}
             for command, options in (
                 ("import", ["--hf", str(source), "--out", str(megatron)]),
                 ("export", ["--megatron", str(megatron), "--out", str(back)]),
             ):
-                # What stood there goes before the clock starts, as the copy's does.
-                subprocess.run(["sh", "-c", f"rm -rf {options[-1]}; sync"], check=True)
+                _prepare(source, Path(options[-1]))
                 started = time.perf_counter()
                 worker = [sys.executable, __file__, "--worker", command, *options]
                 answer = subprocess.run(worker, check=True, stdout=subprocess.PIPE, text=True).stdout
@@ -69,6 +69,13 @@ def main() -> None:
         "seconds": seconds,
     }
     print(json.dumps(result) if arguments.json else "\n".join(f"{key}: {value}" for key, value in result.items()))
+
+
+def _prepare(source: Path, out: Path) -> None:
+    """Remove what stands there, and leave each side the same memory for the page cache: as much as it needs, used
+    a moment ago. What the host of a virtual machine has yet to provide takes several times as long to fill.
+    """
+    subprocess.run(["sh", "-c", f"rm -rf {out}; cp -r {source} {out}; rm -rf {out}; sync"], check=True)
 
 
 def _timed(command: list[str]) -> float:
