@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import signal
 import sys
 import threading
@@ -55,10 +56,14 @@ def build_parser() -> argparse.ArgumentParser:
     verify.add_argument("--hf", required=True, metavar="DIR", help="Hugging Face folder")
     verify.add_argument("--megatron", required=True, metavar="DIR", help="Megatron checkpoint")
     verify.add_argument(
-        "--tolerance", type=float, default=0.0, metavar="X", help="largest difference of a weight (0: every bit)"
+        "--tolerance", type=_tolerance, default=0.0, metavar="X", help="largest difference of a weight (0: every bit)"
     )
     verify.add_argument(
-        "--logits-tolerance", type=float, default=1e-4, metavar="X", help="largest difference of a logit in fp32 (1e-4)"
+        "--logits-tolerance",
+        type=_tolerance,
+        default=1e-4,
+        metavar="X",
+        help="largest difference of a logit in fp32 (1e-4)",
     )
     verify.add_argument(
         "--weights-only", action="store_true", help="leave out the logits, which need both models in memory"
@@ -73,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command; 0 on success, 1 where `verify` finds a difference, 2 with an error line, 130 when interrupted."""
     options = build_parser().parse_args(arguments)
     configure_logging()
-    signal.signal(signal.SIGTERM, _interrupt)
+    handler = signal.signal(signal.SIGTERM, _interrupt)
     try:
         return {"import": _import, "export": _export, "verify": _verify, "inspect": _inspect}[options.command](options)
     except UserError as error:
@@ -82,6 +87,8 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted: nothing was written", file=sys.stderr)
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _import(options: argparse.Namespace) -> int:
@@ -115,7 +122,12 @@ def _verify(options: argparse.Namespace) -> int:
     with hf, megatron, _bar("compare") as begin:
         differences = compare_weights(hf, megatron, begin(stored_bytes(hf)))
     different = [d for d in differences if d.different]
-    print(f"{len(differences) - len(different)} of {len(differences)} parameters are equal bit for bit")
+    retyped = sum(d.retyped for d in differences)
+    equal = "have equal values" if retyped else "are equal bit for bit"
+    print(
+        f"{len(differences) - len(different)} of {len(differences)} parameters {equal}"
+        + (f"; {retyped} are stored as another type" if retyped else "")
+    )
     for difference in different[:SHOWN]:
         print(
             f"  {difference.name}: {difference.different:,} of {difference.elements:,} elements differ, by at most "
@@ -167,9 +179,19 @@ def _dtype(word: str | None):  # type: ignore[no-untyped-def]
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    if not (text.isascii() and text.isdigit()) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
+    return int(text)
+
+
+def _tolerance(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    # Nothing is above a tolerance of nan.
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0")
     return value
 
 

@@ -31,7 +31,7 @@ class MegatronWeights:
         config_dir: folder with the model's config.json in Hugging Face's words; `path` where not given.
 
     Raises:
-        UserError: there is no checkpoint, it is damaged, or there is no config.json.
+        UserError: there is no checkpoint, it is damaged, or there is no config.json that says what it is.
     """
 
     def __init__(self, path: str | Path, config_dir: str | Path | None = None) -> None:
@@ -42,6 +42,11 @@ class MegatronWeights:
         self.config_dir = Path(path if config_dir is None else config_dir)
         if not (self.config_dir / "config.json").is_file() and (folder.parent / "config.json").is_file():
             self.config_dir = folder.parent
+        if config_dir is None and not (self.config_dir / "config.json").is_file():
+            raise UserError(
+                f"{path} has no config.json, which says what model it is. Copy the model's there, or for an export "
+                "name its folder with --hf-config."
+            )
         self.architecture = architecture_from_hf(self.config_dir)
         self.folder = TorchDistFolder(folder)
         self._keys = set(self.folder.keys)

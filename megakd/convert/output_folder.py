@@ -43,9 +43,14 @@ class OutputFolder:
         old = self.final.with_name(f".{self.final.name}.old")
         if old.exists():
             shutil.rmtree(old)
-        if self.final.exists():
-            self.final.rename(old)
-        self.path.rename(self.final)
+        try:
+            if self.final.exists():
+                self.final.rename(old)
+            self.path.rename(self.final)
+        except BaseException:
+            if old.exists() and not self.final.exists():
+                old.rename(self.final)
+            raise
         _flush(self.final.parent)
         shutil.rmtree(old, ignore_errors=True)
 

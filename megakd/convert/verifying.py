@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from megakd.common.errors import UserError
 from megakd.config.architecture import GPTArchitecture
+from megakd.convert.hf_config import read_hf_config
 from megakd.convert.hf_weights import HFWeights
 from megakd.convert.importing import Progress, blocks_of
 from megakd.convert.megatron_weights import MegatronWeights
@@ -21,12 +23,16 @@ _BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 
 @dataclass
 class WeightDifference:
-    """How a parameter differs. `largest` is the largest absolute difference of values; NaN counts as infinite."""
+    """How a parameter differs. `largest` is the largest absolute difference of values; NaN counts as infinite.
+
+    Where it is `retyped`, stored as another type on either side, values are compared, not bits.
+    """
 
     name: str
     elements: int
     different: int = 0
     largest: float = 0.0
+    retyped: bool = False
 
     def add(self, one: Tensor, other: Tensor) -> None:
         """Count a block of both."""
@@ -36,6 +42,7 @@ class WeightDifference:
                 return
             unequal = one.contiguous().view(bits) != other.contiguous().view(bits)
         else:
+            self.retyped = True
             unequal = one.double() != other.double()
         self.different += int(unequal.sum())
         if bool(unequal.any()):
@@ -82,11 +89,20 @@ def logits_difference(hf: str | Path, megatron: str | Path, architecture: GPTArc
     """Largest difference of fp32 logits on the same random tokens: transformers' model of the folder, and
     megatron-core's of the checkpoint on one rank. Both models are held whole.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     length = min(_TOKENS, architecture.max_position_embeddings)
     tokens = torch.randint(architecture.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
-    model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32, local_files_only=True, use_safetensors=True)
+    # Left to itself transformers fetches the code that these keys name.
+    told = {
+        key: value
+        for key, value in read_hf_config(hf).items()
+        if key not in ("auto_map", "quantization_config") and not re.search("^_|_implementation$", key)
+    }
+    model = AutoModelForCausalLM.from_pretrained(
+        hf, config=AutoConfig.for_model(**told), dtype=torch.float32, attn_implementation="eager",
+        local_files_only=True, use_safetensors=True, trust_remote_code=False,
+    )  # fmt: skip
     with torch.no_grad():
         expected = model.eval()(tokens).logits.float()
     del model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +34,7 @@ def checkpoint_folder(path: str | Path) -> Path | None:
     """The folder with the tensors: `path`, or the one Megatron-LM's tracker file names; None where there is none.
 
     Raises:
-        UserError: the tracker file names a folder that is not there.
+        UserError: the tracker file names no folder that is there.
     """
     path = Path(path)
     if (path / METADATA_FILE).is_file():
@@ -42,10 +43,12 @@ def checkpoint_folder(path: str | Path) -> Path | None:
     if not tracker.is_file():
         return None
     word = tracker.read_text(encoding="utf-8", errors="replace").strip()
-    folder = path / (word if word == "release" else f"iter_{int(word):07d}" if word.isdigit() else "release")
+    if word != "release" and re.fullmatch("[0-9]{1,18}", word) is None:
+        raise UserError(f"{tracker} says {word[:40]!r}; it must be an iteration or release. Copy the checkpoint again.")
+    folder = path / (word if word == "release" else f"iter_{int(word):07d}")
     if not (folder / METADATA_FILE).is_file():
         raise UserError(
-            f"{tracker} says {word!r}, and {folder} holds no checkpoint in torch_dist format ({METADATA_FILE}). Copy "
+            f"{tracker} says {word}, and {folder} holds no checkpoint in torch_dist format ({METADATA_FILE}). Copy "
             "the checkpoint again, or save it with Megatron-LM's --ckpt-format torch_dist."
         )
     return folder

@@ -40,13 +40,17 @@ _ALLOWED = {
 }
 
 
+class _Refused(Exception):
+    """A name that no checkpoint needs."""
+
+
 class _RestrictedUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         """A class by its full name, if checkpoints need it."""
         if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
             return found
         if (module, name) not in _ALLOWED:
-            raise pickle.UnpicklingError(f"{module}.{name}")
+            raise _Refused(f"{module}.{name}")
         return super().find_class(module, name)
 
 
@@ -58,13 +62,14 @@ def load_metadata(file: IO[bytes], path: Path) -> Any:
     """
     try:
         return _RestrictedUnpickler(file).load()
-    except pickle.UnpicklingError as error:
+    except _Refused as error:
         raise UserError(
             f"{path} asks for {error}, which no checkpoint needs and which may run code; it was not loaded. Use a "
             "checkpoint from a source you trust."
         ) from error
-    except (EOFError, AttributeError, IndexError, KeyError, TypeError, ValueError, ImportError) as error:
-        raise UserError(f"{path} is damaged ({error}). Copy or write the checkpoint again.") from error
+    except Exception as error:
+        # Bytes that are no pickle, or one of other things, fail in any way.
+        raise UserError(f"{path} is damaged ({_first_line(error)}). Copy or write the checkpoint again.") from error
 
 
 def load_object(data: bytes | Path, path: Path) -> Any:
