@@ -21,6 +21,7 @@ from megakd.checkpoint.optimizer_state import create_optimizer_state, load_optim
 from megakd.common.errors import UserError
 from megakd.models.parameters import unwrapped
 from megakd.parallel.mesh import ModelMesh
+from megakd.torch_dist import check_pickles
 
 # megatron-core serves this queue from a spawned process, for saving in the background: spawning runs a script without
 # `if __name__ == "__main__"` again, and the process outlives a rank that is killed. Here a rank saves by itself.
@@ -89,7 +90,12 @@ def load_checkpoint(
 
     Returns:
         The counters saved with it.
+
+    Raises:
+        UserError: it does not fit, is damaged, or holds what may run code when loaded.
     """
+    # megatron-core unpickles what it finds. Every rank looks for itself, and all come to the same.
+    check_pickles(path)
     if optimizer is not None:
         create_optimizer_state(optimizer)
     state = _sharded_state(model, optimizer, mesh, is_loading=True)

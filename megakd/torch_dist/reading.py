@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, LoadPlan, Metadata
 from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
     ChunkStorageMetadata,
     MetadataIndex,
     TensorStorageMetadata,
@@ -136,13 +135,19 @@ def check_pickles(path: Path) -> None:
     """
     metadata = _Reader(path).read_metadata()
     for index, info in metadata.storage_data.items():
-        if isinstance(metadata.state_dict_metadata.get(index.fqn), BytesStorageMetadata):
-            file = path / info.relative_path
-            with file.open("rb") as stream:
-                stream.seek(info.offset)
-                load_object(stream.read(info.length), file)
+        if not isinstance(metadata.state_dict_metadata.get(index.fqn), TensorStorageMetadata):
+            load_object(_stored(path / info.relative_path, info.offset, info.length), path / info.relative_path)
     if (path / COMMON_FILE).is_file():
         load_object(path / COMMON_FILE, path / COMMON_FILE)
+
+
+def _stored(file: Path, offset: int, length: int) -> bytes:
+    try:
+        with file.open("rb") as stream:
+            stream.seek(offset)
+            return stream.read(min(length, file.stat().st_size))
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror}). Copy or write the checkpoint again.") from error
 
 
 class _Reader(FileSystemReader):
@@ -154,12 +159,12 @@ class _Reader(FileSystemReader):
                 metadata = load_metadata(stream, file)
         except OSError as error:
             raise UserError(f"{file} cannot be read ({error.strerror}). Copy or write the checkpoint again.") from error
-        storage = getattr(metadata, "storage_data", None)
-        if not isinstance(metadata, Metadata) or not isinstance(storage, dict):
-            raise UserError(f"{file} is not the metadata of a torch_dist checkpoint.")
-        for index, info in storage.items():
-            if not isinstance(index, MetadataIndex) or Path(info.relative_path).name != info.relative_path:
-                raise UserError(f"{file} names {info.relative_path}, which is not a file of its folder.")
+        for info in metadata.storage_data.values():
+            name = info.relative_path
+            if Path(name).name != name or name in ("", "..") or "\0" in name:
+                raise UserError(f"{file} names {name!r}, which is not a file of its folder.")
+            if info.transform_descriptors:
+                raise UserError(f"{file} says that {name} is compressed, which is not supported. Save it as it is.")
         return metadata
 
 

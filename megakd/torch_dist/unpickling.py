@@ -1,42 +1,78 @@
-"""Pickles in checkpoints, without running code: only the classes that torch's distributed checkpoint needs."""
+"""Pickles in checkpoints, without running code.
+
+`.metadata` is unpickled into inert records, one kind for each class that torch's distributed checkpoint writes, and the
+metadata is made from their checked fields: not even the classes themselves, which a pickle may alter for the whole
+process, are in its reach.
+"""
 
 from __future__ import annotations
 
+import argparse
 import io
 import pickle
+from collections import OrderedDict
 from pathlib import Path
 from typing import IO, Any
 
 import torch
+from torch.distributed.checkpoint import Metadata
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
 from megakd.common.errors import UserError
 
 _CHECKPOINT = "torch.distributed.checkpoint."
-_ALLOWED = {
-    ("torch", "Size"),
-    ("torch.serialization", "_get_layout"),
-    ("pathlib", "PosixPath"),
-    ("pathlib._local", "PosixPath"),
-    ("collections", "OrderedDict"),
-    (_CHECKPOINT + "filesystem", "_StorageInfo"),
-    (_CHECKPOINT + "filesystem", "_StoragePrefix"),
-    *(
-        (_CHECKPOINT + "metadata", name)
-        for name in (
-            "BytesStorageMetadata",
-            "ChunkStorageMetadata",
-            "Metadata",
-            "MetadataIndex",
-            "StorageMeta",
-            "TensorProperties",
-            "TensorStorageMetadata",
-            "_MEM_FORMAT_ENCODING",
+
+
+class _Record:
+    """An object as it was pickled: its state and nothing else. Built by calls with any arguments, which are dropped."""
+
+    state: Any = None
+
+    def __new__(cls, *arguments: object) -> _Record:
+        return super().__new__(cls)
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+def _record(name: str) -> type[_Record]:
+    return type(name, (_Record,), {})
+
+
+_METADATA, _TENSOR, _BYTES = _record("Metadata"), _record("TensorStorageMetadata"), _record("BytesStorageMetadata")
+_PROPERTIES, _CHUNK = _record("TensorProperties"), _record("ChunkStorageMetadata")
+_INDEX, _INFO = _record("MetadataIndex"), _record("_StorageInfo")
+_ALLOWED: dict[tuple[str, str], Any] = {
+    (_CHECKPOINT + "filesystem", "_StorageInfo"): _INFO,
+    **{
+        (_CHECKPOINT + "metadata", record.__name__): record
+        for record in (_METADATA, _TENSOR, _BYTES, _PROPERTIES, _CHUNK, _INDEX)
+    },
+    # Not needed for reading: plans of the writer, where it was, how tensors lay in its memory.
+    **{
+        (module, name): _record(name)
+        for module, names in (
+            (_CHECKPOINT + "filesystem", ("_StoragePrefix",)),
+            (_CHECKPOINT + "metadata", ("StorageMeta", "_MEM_FORMAT_ENCODING")),
+            (
+                _CHECKPOINT + "planner",
+                ("BytesIOWriteData", "SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"),
+            ),
+            ("pathlib", ("PosixPath",)),
+            ("pathlib._local", ("PosixPath",)),
+            ("torch.serialization", ("_get_layout",)),
         )
-    ),
-    *(
-        (_CHECKPOINT + "planner", name)
-        for name in ("BytesIOWriteData", "SavePlan", "TensorWriteData", "WriteItem", "WriteItemType")
-    ),
+        for name in names
+    },
+    ("torch", "Size"): tuple,
+    ("collections", "OrderedDict"): OrderedDict,
 }
 
 
@@ -46,22 +82,23 @@ class _Refused(Exception):
 
 class _RestrictedUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        """A class by its full name, if checkpoints need it."""
+        """What stands for a name, if checkpoints need it."""
         if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
             return found
         if (module, name) not in _ALLOWED:
-            raise _Refused(f"{module}.{name}")
-        return super().find_class(module, name)
+            full = f"{module}.{name}"
+            raise _Refused(full[:100].encode("unicode_escape").decode())
+        return _ALLOWED[module, name]
 
 
-def load_metadata(file: IO[bytes], path: Path) -> Any:
-    """Unpickle a checkpoint's `.metadata`.
+def load_metadata(file: IO[bytes], path: Path) -> Metadata:
+    """Read a checkpoint's `.metadata`: what a reader needs of it.
 
     Raises:
-        UserError: it asks for anything else than a checkpoint's own classes, or is damaged.
+        UserError: it asks for anything else than a checkpoint's own classes, is damaged, or something else.
     """
     try:
-        return _RestrictedUnpickler(file).load()
+        found = _RestrictedUnpickler(file).load()
     except _Refused as error:
         raise UserError(
             f"{path} asks for {error}, which no checkpoint needs and which may run code; it was not loaded. Use a "
@@ -70,6 +107,53 @@ def load_metadata(file: IO[bytes], path: Path) -> Any:
     except Exception as error:
         # Bytes that are no pickle, or one of other things, fail in any way.
         raise UserError(f"{path} is damaged ({_first_line(error)}). Copy or write the checkpoint again.") from error
+    try:
+        fields = _fields(found, _METADATA)
+        entries = {_text(key): _entry(entry) for key, entry in fields["state_dict_metadata"].items()}
+        storage = {_index(index): _info(info) for index, info in fields["storage_data"].items()}
+    except (TypeError, KeyError, IndexError, AttributeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path} is not the metadata of a torch_dist checkpoint ({_first_line(error)}).") from error
+    return Metadata(entries, storage_data=storage)
+
+
+def _entry(record: Any) -> TensorStorageMetadata | BytesStorageMetadata:
+    if isinstance(record, _BYTES):
+        return BytesStorageMetadata()
+    fields = _fields(record, _TENSOR)
+    (dtype, *_) = _fields(fields["properties"], _PROPERTIES, tuple)
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"{dtype!r:.40} is not a type of tensors")
+    chunks = [_fields(chunk, _CHUNK) for chunk in fields["chunks"]]
+    return TensorStorageMetadata(
+        TensorProperties(dtype=dtype),
+        torch.Size(fields["size"]),
+        [ChunkStorageMetadata(torch.Size(chunk["offsets"]), torch.Size(chunk["sizes"])) for chunk in chunks],
+    )
+
+
+def _index(record: Any) -> MetadataIndex:
+    fields = _fields(record, _INDEX)
+    return MetadataIndex(_text(fields["fqn"]), fields.get("offset"), fields.get("index"))
+
+
+def _info(record: Any) -> _StorageInfo:
+    fields = _fields(record, _INFO)
+    offset, length = fields["offset"], fields["length"]
+    if not isinstance(offset, int) or not isinstance(length, int) or min(offset, length) < 0:
+        raise TypeError(f"{offset!r:.40} and {length!r:.40} are no place in a file")
+    return _StorageInfo(_text(fields["relative_path"]), offset, length, fields.get("transform_descriptors"))
+
+
+def _fields(record: Any, kind: type[_Record], of: type = dict) -> Any:
+    if not isinstance(record, kind) or not isinstance(record.state, of):
+        raise TypeError(f"{type(record).__name__} in the place of {kind.__name__}")
+    return record.state
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{type(value).__name__} in the place of a name")
+    return value
 
 
 def load_object(data: bytes | Path, path: Path) -> Any:
@@ -78,18 +162,24 @@ def load_object(data: bytes | Path, path: Path) -> Any:
     Raises:
         UserError: it holds anything else, or is damaged.
     """
+    source = io.BytesIO(data) if isinstance(data, bytes) else data
     try:
-        return torch.load(io.BytesIO(data) if isinstance(data, bytes) else data, map_location="cpu", weights_only=True)
+        # Megatron-LM's arguments in common.pt.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(source, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = next(
-            (line for line in str(error).splitlines() if "Unsupported" in line or "global" in line.lower()), ""
-        )
         raise UserError(
-            f"{path} holds a Python object that may run code when loaded; it was not loaded ({reason.strip()[:200]}). "
+            f"{path} holds a Python object that may run code when loaded; it was not loaded ({_unsupported(error)}). "
             "Use a checkpoint from a source you trust."
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
+    except Exception as error:
         raise UserError(f"{path} is damaged ({_first_line(error)}). Copy or write the checkpoint again.") from error
+
+
+def _unsupported(error: pickle.UnpicklingError) -> str:
+    """The line of torch's long message that names what it met."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    return next((line for line in lines if "GLOBAL" in line or "Unsupported" in line), lines[0] if lines else "")[:200]
 
 
 def _first_line(error: Exception) -> str:
