@@ -54,6 +54,7 @@ def test_a_block_of_one_piece_is_not_copied(tmp_path: Path) -> None:
     assert torch.equal(spread, TorchDistFolder(tmp_path).read("layers.weight", (1, 2, 0), (1, 4, 6)))
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_what_torch_wrote_itself(tmp_path: Path) -> None:
     """Its writer saves a transposed tensor with its strides, and one element without dimensions."""
     state = {"transposed": torch.randn(6, 4).t(), "number": torch.tensor(3.0), "rows": torch.randn(9, 2)[3:7]}
