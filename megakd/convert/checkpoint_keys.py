@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from megakd.config.architecture import GPTArchitecture
 from megakd.parameters.sharding import expert_of, layer_of
 
-# Modules whose state megatron-core asks for by itself; it holds something only for FP8.
+# Modules whose state megatron-core asks for under Transformer Engine; it holds something only for FP8. That of
+# core_attention only older releases ask for; one that is not asked for does no harm.
 _WITH_EXTRA_STATE = ("self_attention.core_attention", "self_attention.linear_proj", "self_attention.linear_qkv")
 _MLP_WITH_EXTRA_STATE = ("linear_fc1", "linear_fc2")
 _NORM_BEFORE_EXPERTS = "mlp.linear_fc1.layer_norm_"
@@ -34,7 +35,11 @@ def stacked_sizes(place: tuple[int, ...], architecture: GPTArchitecture) -> tupl
 def extra_state_keys(architecture: GPTArchitecture) -> Iterator[str]:
     """Keys of the objects beside the tensors, one for a module in a layer, or in a layer and an expert."""
     layers, experts = architecture.num_layers, architecture.num_moe_experts
-    attention = [(module, str(layer), str(layers)) for module in _WITH_EXTRA_STATE for layer in range(layers)]
+    norms = [f"self_attention.{which}_layernorm" for which in "qk" if architecture.qk_layernorm]
+    norms += ["pre_mlp_layernorm"] if experts is not None else []
+    attention = [
+        (module, str(layer), str(layers)) for module in (*_WITH_EXTRA_STATE, *norms) for layer in range(layers)
+    ]
     if experts is None:
         mlp = [
             (f"mlp.{module}", str(layer), str(layers)) for module in _MLP_WITH_EXTRA_STATE for layer in range(layers)
@@ -48,3 +53,4 @@ def extra_state_keys(architecture: GPTArchitecture) -> Iterator[str]:
         ]
     for module, place, sizes in attention + mlp:
         yield f"decoder.layers.{module}._extra_state/shard_{place}_{sizes}"
+    yield "decoder.final_layernorm._extra_state/shard_0_1"
