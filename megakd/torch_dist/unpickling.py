@@ -164,8 +164,7 @@ def load_object(data: bytes | Path, path: Path) -> Any:
     """
     source = io.BytesIO(data) if isinstance(data, bytes) else data
     try:
-        # Megatron-LM's arguments in common.pt.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals(_not_yet_allowed()):
             return torch.load(source, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
@@ -174,6 +173,14 @@ def load_object(data: bytes | Path, path: Path) -> Any:
         ) from error
     except Exception as error:
         raise UserError(f"{path} is damaged ({_first_line(error)}). Copy or write the checkpoint again.") from error
+
+
+def _not_yet_allowed() -> list[Any]:
+    """What Megatron-LM's arguments in common.pt need, unless megatron-core has allowed it for its own loading.
+
+    torch takes back what it was told to allow for a while even where it was allowed before.
+    """
+    return [allowed for allowed in (argparse.Namespace,) if allowed not in torch.serialization.get_safe_globals()]
 
 
 def _unsupported(error: pickle.UnpicklingError) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import os
 import pickle
@@ -236,6 +237,15 @@ def test_a_transformed_object_is_refused(folder: Path) -> None:
     write_metadata(release, metadata)
     with pytest.raises(UserError, match=r"\.metadata says that .* is compressed"):
         check_pickles(release)
+
+
+def test_what_megatron_core_allows_for_its_own_loading_stays_allowed(folder: Path) -> None:
+    before = set(torch.serialization.get_safe_globals())
+    check_pickles(folder / "megatron" / "release")
+    assert set(torch.serialization.get_safe_globals()) == before
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        check_pickles(folder / "megatron" / "release")
+        assert argparse.Namespace in torch.serialization.get_safe_globals()
 
 
 # Resuming: megatron-core's loader would unpickle all of it.
