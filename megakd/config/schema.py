@@ -33,7 +33,7 @@ class RunSection(Section):
 class StudentInit(Section):
     """Start the student from the weights of a Hugging Face model."""
 
-    path: str = Field(description="Hugging Face folder of safetensors.")
+    path: str = Field(description="Hugging Face folder of safetensors or Megatron checkpoint.")
     layers: list[Annotated[int, Field(ge=0)]] | None = Field(
         default=None,
         min_length=1,
@@ -44,7 +44,7 @@ class StudentInit(Section):
 class StudentSection(Section):
     """The model that is trained: from a Hugging Face folder (`init`) or new (`architecture`)."""
 
-    init: StudentInit | None = Field(default=None, description="Initialise from a Hugging Face folder.")
+    init: StudentInit | None = Field(default=None, description="Initialise from a model on disk.")
     architecture: GPTArchitecture | None = Field(default=None, description="Shape of a randomly initialised student.")
     make_vocab_size_divisible_by: int = Field(
         default=128, gt=0, description="Embedding rows are padded to a multiple of this, at every TP size alike."
@@ -57,7 +57,7 @@ class StudentSection(Section):
 class TeacherSection(Section):
     """The model that is learnt from."""
 
-    path: str = Field(description="Hugging Face folder of safetensors.")
+    path: str = Field(description="Hugging Face folder of safetensors or Megatron checkpoint.")
     dtype: Literal["fp32", "bf16"] | None = Field(default=None, description="Defaults to run.dtype.")
 
 

@@ -26,7 +26,10 @@ def read_hf_config(path: str | Path) -> dict[str, Any]:
     """
     file = Path(path) / "config.json"
     if not file.is_file():
-        raise UserError(f"{path} has no config.json. Give a local Hugging Face folder.")
+        raise UserError(
+            f"{path} has no config.json. Give a local Hugging Face folder, or a Megatron checkpoint with config.json "
+            "beside it."
+        )
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
