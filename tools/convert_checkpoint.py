@@ -200,4 +200,6 @@ def _interrupt(number: int, frame: object) -> None:
 
 
 if __name__ == "__main__":
+    # `inspect DIR | head` ends as it does for other tools.
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     sys.exit(main())

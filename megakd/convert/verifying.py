@@ -90,6 +90,9 @@ def logits_difference(hf: str | Path, megatron: str | Path, architecture: GPTArc
     megatron-core's of the checkpoint on one rank. Both models are held whole.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
 
     length = min(_TOKENS, architecture.max_position_embeddings)
     tokens = torch.randint(architecture.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
