@@ -14,7 +14,7 @@ from megakd.config.architecture import GPTArchitecture
 from megakd.convert.checkpoint_keys import stacked_key, stacked_sizes
 from megakd.convert.hf_config import architecture_from_hf
 from megakd.convert.source import show_shape, source_name, stored_name
-from megakd.parameters.sharding import OUTPUT_LAYER, WORD_EMBEDDINGS, Block, parameter_shapes
+from megakd.parameters.sharding import OUTPUT_LAYER, WORD_EMBEDDINGS, Block, layer_of, parameter_shapes
 from megakd.torch_dist import TorchDistFolder, checkpoint_folder
 
 _VOCABULARY = (WORD_EMBEDDINGS, OUTPUT_LAYER)
@@ -94,8 +94,10 @@ class MegatronWeights:
                     f"{self.path} has no tensor {key}, which the model of {self.config_dir / 'config.json'} needs."
                     f"{nearest(key, self._keys)}"
                 )
-            stored, sizes = self.folder.shape(key), stacked_sizes(place, self.architecture)
-            found = stored[len(place) :]
+            stored, found = self.folder.shape(key), self.folder.shape(key)[len(place) :]
+            # Without that of the layers, where each has a key of its own.
+            sizes = stacked_sizes(stacked_key(origin, self.architecture)[1], self.architecture)
+            sizes = sizes[len(sizes) - len(place) :]
             padded = name in _VOCABULARY and found[:1] > shape[:1] and found[1:] == shape[1:]
             if (found != shape and not padded) or stored[: len(place)] != sizes:
                 raise UserError(
@@ -118,4 +120,6 @@ class MegatronWeights:
         """See stacked_key."""
         name = stored_name(name, self.architecture)
         # Megatron-LM writes one key per layer where layers differ, or when it is told to.
-        return (name, ()) if name in self._keys else stacked_key(name, self.architecture)
+        key, place = stacked_key(name, self.architecture)
+        own = key.replace("decoder.layers.", f"decoder.layers.{layer_of(name)}.", 1)
+        return (own, place[1:]) if own in self._keys else (key, place)

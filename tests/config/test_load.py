@@ -168,7 +168,7 @@ def test_relative_paths_are_left_alone(tmp_path: Path, monkeypatch: pytest.Monke
         ({"student__init": {"path": "x", "layers": [0, "a"]}}, "student.init.layers[1] is 'a'; it must be a whole "),
         ({"optimizer": {}}, "optimizer.lr is missing. Set it. (Peak learning rate.)"),
         ({"optimizer": {"lrr": 1}}, "optimizer.lrr is not a setting. Did you mean 'optimizer.lr'?"),
-        ({"teacher": {}}, "teacher.path is missing. Set it. (Hugging Face folder of safetensors or Megatron checkpoint.)"),
+        ({"teacher": {}}, "teacher.path is missing. Set it. (Hugging Face folder of safetensors or Megatron"),
     ],
 )  # fmt: skip
 def test_each_problem_is_one_line(changes: dict[str, Any], line: str) -> None:

@@ -79,8 +79,9 @@ def test_megatron_core_loads_an_import(
     tmp_path: Path, name: str, tp: int, pp: int, run_ranks: Callable[..., list[Any]]
 ) -> None:
     save_model(tmp_path / "hf", name)
-    # Meant for another layout than the one that loads it.
-    import_checkpoint(tmp_path / "hf", tmp_path / "megatron", tp=2 if tp == 1 else 1, pp=4 if pp == 1 else 1)
+    # Meant for another layout than the one that loads it, and with more rows of padding where the model allows.
+    meant = 4 if name in EVERY_LAYOUT else 1
+    import_checkpoint(tmp_path / "hf", tmp_path / "megatron", tp=meant, pp=4 if pp == 1 else 1)
     release = tmp_path / "megatron" / "release"
     # No module of megatron-core 0.16 asks for this one; those of older releases do.
     too_much = {"decoder.layers.self_attention.core_attention._extra_state"}
@@ -90,7 +91,7 @@ def test_megatron_core_loads_an_import(
         }  # fmt: skip
 
 
-def save_with_megatron_core(hf: Path, out: Path, tp: int, pp: int) -> None:
+def save_with_megatron_core(hf: Path, out: Path, tp: int, pp: int, key_per_layer: bool) -> None:
     """As Megatron-LM saves a model with --ckpt-format torch_dist."""
     from megatron.core import dist_checkpointing
 
@@ -101,17 +102,22 @@ def save_with_megatron_core(hf: Path, out: Path, tp: int, pp: int) -> None:
     load_weights(
         canonical_parameters(model).items(), hf, architecture_from_hf(hf), tp_rank=mesh.tp_rank, tp_size=mesh.tp_size
     )
-    weights = model.sharded_state_dict(metadata={"dp_cp_group": mesh.groups.dp_cp})
+    metadata = {"dp_cp_group": mesh.groups.dp_cp, "non_homogeneous_layers": key_per_layer}
+    weights = model.sharded_state_dict(metadata=metadata)
     dist_checkpointing.save({"model": weights, "iteration": 17, "checkpoint_version": 3.0}, str(out))
 
 
-@pytest.mark.parametrize(("name", "tp", "pp"), CASES)
+@pytest.mark.parametrize(
+    ("name", "tp", "pp", "key_per_layer"),
+    [(*case, False) for case in CASES] + [("qwen3", 2, 2, True), ("gpt2", 1, 2, True), ("qwen3_moe", 2, 1, True)],
+)
 def test_what_megatron_core_saves_is_exported(
-    tmp_path: Path, name: str, tp: int, pp: int, run_ranks: Callable[..., list[Any]]
+    tmp_path: Path, name: str, tp: int, pp: int, key_per_layer: bool, run_ranks: Callable[..., list[Any]]
 ) -> None:
     save_model(tmp_path / "hf", name)
     (tmp_path / "megatron" / "iter_0000017").mkdir(parents=True)
     (tmp_path / "megatron" / "latest_checkpointed_iteration.txt").write_text("17\n")
-    run_ranks(tp * pp, save_with_megatron_core, tmp_path / "hf", tmp_path / "megatron" / "iter_0000017", tp, pp)
+    folder = tmp_path / "megatron" / "iter_0000017"
+    run_ranks(tp * pp, save_with_megatron_core, tmp_path / "hf", folder, tp, pp, key_per_layer)
     export_checkpoint(tmp_path / "megatron", tmp_path / "out", config_dir=tmp_path / "hf")
     assert_same_weights(tmp_path / "out", tmp_path / "hf")
