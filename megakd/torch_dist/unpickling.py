@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import io
 import pickle
-from collections import OrderedDict
 from pathlib import Path
 from typing import IO, Any
 
@@ -30,16 +29,53 @@ from megakd.common.errors import UserError
 _CHECKPOINT = "torch.distributed.checkpoint."
 
 
+class _Refused(Exception):
+    """A name that no checkpoint needs."""
+
+
+class _Ambiguous(Exception):
+    """A way to pickle an object that could leave a loader with another one than is checked."""
+
+
 class _Record:
-    """An object as it was pickled: its state and nothing else. Built by calls with any arguments, which are dropped."""
+    """An object whose fields are checked: as writers pickle it, made without arguments and given its state once.
+
+    A loader after the check unpickles real classes from the same bytes. Arguments, a second state, a state changed
+    later or one that sets attributes (`__class__` among them) would let it see what was not checked.
+    """
 
     state: Any = None
 
     def __new__(cls, *arguments: object) -> _Record:
+        if arguments:
+            raise _Ambiguous(f"{cls.__name__} is made with arguments")
         return super().__new__(cls)
 
     def __setstate__(self, state: Any) -> None:
+        if self.state is not None:
+            raise _Ambiguous(f"{type(self).__name__} is given its state twice")
+        if type(state) is dict:
+            state = dict(state)
+        elif type(state) is not tuple or type(self) is not _PROPERTIES:
+            raise _Ambiguous(f"{type(self).__name__} has a {type(state).__name__} for its state")
         self.state = state
+
+    def __hash__(self) -> int:
+        # A real key takes its place in a dict by the state that it has there.
+        if self.state is None:
+            raise _Ambiguous(f"{type(self).__name__} is a key before it has its state")
+        return id(self)
+
+
+class _Ignored:
+    """An object that is not looked at."""
+
+    def __new__(cls, *arguments: object) -> _Ignored:
+        return super().__new__(cls)
+
+    def __setstate__(self, state: object) -> None: ...
+
+    def __setitem__(self, key: object, value: object) -> None: ...
 
 
 def _record(name: str) -> type[_Record]:
@@ -57,7 +93,7 @@ _ALLOWED: dict[tuple[str, str], Any] = {
     },
     # Not needed for reading: plans of the writer, where it was, how tensors lay in its memory.
     **{
-        (module, name): _record(name)
+        (module, name): _Ignored
         for module, names in (
             (_CHECKPOINT + "filesystem", ("_StoragePrefix",)),
             (_CHECKPOINT + "metadata", ("StorageMeta", "_MEM_FORMAT_ENCODING")),
@@ -72,12 +108,8 @@ _ALLOWED: dict[tuple[str, str], Any] = {
         for name in names
     },
     ("torch", "Size"): tuple,
-    ("collections", "OrderedDict"): OrderedDict,
+    ("collections", "OrderedDict"): _Ignored,
 }
-
-
-class _Refused(Exception):
-    """A name that no checkpoint needs."""
 
 
 class _RestrictedUnpickler(pickle.Unpickler):
@@ -104,16 +136,27 @@ def load_metadata(file: IO[bytes], path: Path) -> Metadata:
             f"{path} asks for {error}, which no checkpoint needs and which may run code; it was not loaded. Use a "
             "checkpoint from a source you trust."
         ) from error
+    except _Ambiguous as error:
+        raise UserError(
+            f"{path} is pickled in a way that no checkpoint needs and that may hide code ({error}); it was not loaded. "
+            "Use a checkpoint from a source you trust."
+        ) from error
     except Exception as error:
         # Bytes that are no pickle, or one of other things, fail in any way.
         raise UserError(f"{path} is damaged ({_first_line(error)}). Copy or write the checkpoint again.") from error
     try:
         fields = _fields(found, _METADATA)
-        entries = {_text(key): _entry(entry) for key, entry in fields["state_dict_metadata"].items()}
-        storage = {_index(index): _info(info) for index, info in fields["storage_data"].items()}
+        entries = {_text(key): _entry(entry) for key, entry in _plain(fields["state_dict_metadata"]).items()}
+        storage = {_index(index): _info(info) for index, info in _plain(fields["storage_data"]).items()}
     except (TypeError, KeyError, IndexError, AttributeError, ValueError, RuntimeError) as error:
         raise UserError(f"{path} is not the metadata of a torch_dist checkpoint ({_first_line(error)}).") from error
     return Metadata(entries, storage_data=storage)
+
+
+def _plain(value: Any) -> dict[Any, Any]:
+    if type(value) is not dict:
+        raise TypeError(f"{type(value).__name__} in the place of a dict")
+    return value
 
 
 def _entry(record: Any) -> TensorStorageMetadata | BytesStorageMetadata:

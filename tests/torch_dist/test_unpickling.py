@@ -6,6 +6,7 @@ import argparse
 import io
 import os
 import pickle
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
+from torch.distributed.checkpoint import FileSystemReader, load
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
 from megakd.common.errors import UserError
 from megakd.convert.exporting import export_checkpoint
@@ -248,6 +257,75 @@ def test_what_megatron_core_allows_for_its_own_loading_stays_allowed(folder: Pat
         assert argparse.Namespace in torch.serialization.get_safe_globals()
 
 
+# The check reads .metadata into inert records, a loader after it into real classes: the two must not differ.
+
+
+def opcodes(value: object) -> bytes:
+    """A value's pickle, to be put inside another."""
+    stream = io.BytesIO()
+    pickler = pickle.Pickler(stream, 2)
+    pickler.fast = True
+    pickler.dump(value)
+    return stream.getvalue()[2:-1]
+
+
+def named(cls: type) -> bytes:
+    return f"c{cls.__module__}\n{cls.__qualname__}\n".encode()
+
+
+def mapping(**fields: bytes) -> bytes:
+    return b"}(" + b"".join(opcodes(key) + value for key, value in fields.items()) + b"u"
+
+
+def instance(cls: type, *states: bytes) -> bytes:
+    return named(cls) + b")\x81" + b"".join(state + b"b" for state in states)
+
+
+def disguised(name: str, code: int, length: int, harmless: int) -> bytes:
+    """`.metadata` with an object `k` at `code`; a careless reader takes it to be the one at the file's beginning."""
+
+    def place(offset: int, size: int) -> bytes:
+        return mapping(relative_path=opcodes("file.distcp"), offset=opcodes(offset), length=opcodes(size))
+
+    def key(fqn: str) -> bytes:
+        return instance(MetadataIndex, mapping(fqn=opcodes(fqn), offset=b"N", index=b"N"))
+
+    entry = instance(BytesStorageMetadata, b"}")
+    info = instance(_StorageInfo, place(code, length))
+    storage = b"}" + key("k") + info + b"s"
+    if name == "key_renamed":
+        # Another key is given the same name when it is in the dict already.
+        renamed = b"h\x05" + mapping(fqn=opcodes("k"), offset=b"N", index=b"N") + b"b0"
+        storage += key("c") + b"q\x05" + instance(_StorageInfo, place(0, harmless)) + b"s" + renamed
+    elif name == "state_changed_later":
+        changed = b"h\x07" + opcodes("offset") + opcodes(0) + b"s" + opcodes("length") + opcodes(harmless) + b"s0"
+        storage = b"}" + key("k") + instance(_StorageInfo, place(code, length) + b"q\x07") + changed + b"s"
+    elif name == "items_shadowed":
+        storage = named(OrderedDict) + b")R" + key("k") + info + b"s" + mapping(items=named(OrderedDict)) + b"b"
+    elif name == "class_changed":
+        properties = pickle.dumps(TensorProperties(dtype=torch.float32), 2)[2:-1].replace(b"q\x00", b"")
+        tensor = mapping(properties=properties, size=opcodes((1,)), chunks=b"]")
+        other = b"N" + mapping(__class__=named(BytesStorageMetadata)) + b"\x86"
+        entry = instance(TensorStorageMetadata, other, tensor)
+    entries = b"}" + opcodes("k") + entry + b"s"
+    state = mapping(state_dict_metadata=entries, planner_data=b"N", storage_data=storage, storage_meta=b"N")
+    return b"\x80\x02" + instance(Metadata, state) + b"."
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is")
+@pytest.mark.parametrize("name", ["as_it_is", "key_renamed", "state_changed_later", "items_shadowed", "class_changed"])
+def test_no_object_hides_from_the_check(tmp_path: Path, marker: Path, name: str) -> None:
+    harmless, code = saved([1]), saved([attacks(marker)["builtins.eval"]])
+    (tmp_path / "file.distcp").write_bytes(harmless + code)
+    (tmp_path / ".metadata").write_bytes(disguised(name, len(harmless), len(code), len(harmless)))
+    with pytest.raises(UserError):
+        check_pickles(tmp_path)
+    assert not marker.exists()
+    # A loader that does not check finds the code.
+    load({"k": None}, storage_reader=FileSystemReader(tmp_path), no_dist=True)
+    assert marker.exists()
+
+
 # Resuming: megatron-core's loader would unpickle all of it.
 
 
@@ -299,3 +377,12 @@ def test_resuming_refuses_code(tmp_path: Path, marker: Path, place: str, run_ran
             run_ranks(1, load_run, values, path, with_optimizer)
         assert "\n" not in str(caught.value)
     assert not marker.exists()
+
+
+def test_resuming_tells_damaged_metadata(tmp_path: Path, run_ranks: Callable[..., list[Any]]) -> None:
+    values = run_values(write_run_files(tmp_path))
+    run_ranks(1, save_run, values, tmp_path / "checkpoints")
+    path = tmp_path / "checkpoints" / "step-00000001"
+    (path / ".metadata").write_bytes((path / ".metadata").read_bytes()[:-200])
+    with pytest.raises(UserError, match=r"\.metadata is damaged .* Copy or write the checkpoint again"):
+        run_ranks(1, load_run, values, path, True)
