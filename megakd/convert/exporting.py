@@ -10,7 +10,8 @@ from torch import Tensor
 
 from megakd.common.errors import UserError
 from megakd.config.architecture import GPTArchitecture
-from megakd.convert.hf_config import family_for_export, hf_config_from_architecture, read_hf_config
+from megakd.convert.hf_config import read_hf_config
+from megakd.convert.hf_config_writing import family_for_export, hf_config_from_architecture
 from megakd.convert.importing import Progress, blocks_of, check_output, check_space
 from megakd.convert.megatron_weights import MegatronWeights
 from megakd.convert.safetensors_folder import INDEX_FILE

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from megakd.common.errors import UserError
 from megakd.config.architecture import GPTArchitecture
-from megakd.convert.hf_config import family_for_export, hf_config_from_architecture, read_hf_config
+from megakd.convert.hf_config import read_hf_config
+from megakd.convert.hf_config_writing import family_for_export, hf_config_from_architecture
 from megakd.convert.shard_writer import ShardWriter, Weight, check_can_export
 from megakd.convert.table import Family
 from megakd.parameters.sharding import (

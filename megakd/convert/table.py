@@ -35,8 +35,9 @@ class ConfigKey:
     """The keys of config.json that hold one field of the architecture; several must hold the same value.
 
     Args:
-        aliases: other spellings of the key, read where it is absent and written beside it.
-        default: the family's own for an absent key, possibly computed from the rest of config.json; None where a model
+        aliases: other spellings of the key, read where it is absent.
+        writes_aliases: they are written beside it, where no spelling is read by both versions of transformers.
+        default: the family's own for an absent key, possibly computed from the fields before it; None where a model
             without it cannot be read.
         null: an explicit null says something, which is what GPTArchitecture takes for a field not given; otherwise it
             is as if the key were absent.
@@ -48,6 +49,7 @@ class ConfigKey:
     null: bool = False
     words: Mapping[Any, Value] | None = None
     aliases: tuple[str, ...] = ()
+    writes_aliases: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,8 @@ class Family:
         fields: architecture fields that config.json holds.
         fixed: architecture fields that every model of the family shares. Where neither `fields` nor this has
             `num_query_groups` or `kv_channels`, they follow from heads and hidden size.
-        only: keys of config.json of which one value is expressed exactly; an absent key means it.
+        only: keys of config.json that change the computation, and values with which megatron-core computes the same; an
+            absent key means the first one, which is written.
         rows: weights, one row per parameter.
         ignored: patterns of weights that hold nothing learnt.
         base_prefix: what names of weights begin with, and lack in folders saved without the output layer.
@@ -72,12 +75,21 @@ class Family:
     model_class: str
     fields: Mapping[str, ConfigKey]
     fixed: Mapping[str, object]
-    only: Mapping[str, object]
+    only: Mapping[str, tuple[object, ...]]
     rows: tuple[Row, ...]
     ignored: tuple[str, ...] = ()
     base_prefix: str = "model."
     default_theta: float = 10000.0
     heads_divide_hidden_size: bool = False
+
+    @property
+    def base_class(self) -> str:
+        """transformers' class of the model without its output layer."""
+        return re.sub("(ForCausalLM|LMHeadModel)$", "Model", self.model_class)
+
+    def is_class(self, name: object) -> bool:
+        """Whether a class of config.json is the family's; early folders write LLaMA."""
+        return str(name).lower() in (self.model_class.lower(), self.base_class.lower())
 
     def row_of(self, name: str) -> Row:
         """The row of a parameter.

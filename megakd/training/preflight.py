@@ -10,7 +10,7 @@ from megakd.common.logging import log
 from megakd.config.checks import check_architecture, check_config
 from megakd.config.schema import Config
 from megakd.convert import check_can_export, check_weights, read_hf_config
-from megakd.convert.hf_config import family_for_export
+from megakd.convert.hf_config_writing import family_for_export
 from megakd.data.fingerprint import check_same_tokenizer, read_metadata
 from megakd.platform import detect_accelerations, resolve_layer_spec
 from megakd.training.architectures import (

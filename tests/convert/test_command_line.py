@@ -187,7 +187,7 @@ def test_code_in_the_folder_does_not_run(
         (hf / f"{name}.py").write_text(code)
     (hf / "custom_generate").mkdir()
     (hf / "custom_generate" / "generate.py").write_text(code + "def generate(*args, **kwargs): pass\n")
-    classes = {"AutoConfig": "configuration_mine.C", "AutoModelForCausalLM": "modeling_mine.M"}
+    classes = {"AutoConfig": "configuration_mine.C", "AutoModelForCausalLM": "modeling_mine.Qwen2ForCausalLM"}
     kernel = {"_attn_implementation": "someone/code", "attn_implementation": "someone/code"}
     edit_config(hf, auto_map=classes | {"AutoTokenizer": "tokenization_mine.T"}, **kernel)
     monkeypatch.setattr("builtins.input", lambda *args: pytest.fail("nobody is asked"))

@@ -98,7 +98,11 @@ def test_both_biases_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "mamba"}, "model_type is 'mamba' in .*config.json; the architectures .* are: llama"),
+        (
+            {"model_type": "mamba"},
+            "model_type is 'mamba' in .*config.json; the architectures that can be read are: "
+            "llama, mistral, mixtral, qwen2, qwen3, qwen3_moe, phi3, gpt2",
+        ),
         ({"model_type": ...}, "model_type is None in"),
         ({"hidden_act": "gelu"}, 'hidden_act is "gelu" in .*; only "silu" is supported for llama'),
         ({"quantization_config": {"bits": 4}}, 'quantization_config is {"bits": 4} in .*; only null'),
@@ -109,7 +113,69 @@ def test_both_biases_are_read(tmp_path: Path) -> None:
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5 in .*; llama turns whole heads only"),
         ({"num_hidden_layers": ...}, "has no num_hidden_layers, which a llama model needs"),
         ({"num_key_value_heads": 3}, r"num_attention_heads \(8\) must be a multiple of num_query_groups \(3\)"),
-        ({"hidden_size": "wide"}, "hidden_size Input should be a valid integer"),
+        ({"hidden_size": "wide"}, 'hidden_size is "wide" in .*; it must be a valid integer'),
+        ({"hidden_size": "64"}, 'hidden_size is "64" in .*; it must be a valid integer'),
+        ({"num_hidden_layers": True}, "num_hidden_layers is true in .*; it must be a valid integer"),
+        ({"num_hidden_layers": {"a": 1}}, "num_hidden_layers is .* it must be a valid integer"),
+        ({"vocab_size": 1e400}, "vocab_size is Infinity in .*; it must be a "),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is NaN in .*; it must be a finite number"),
+        ({"tie_word_embeddings": "yes"}, 'tie_word_embeddings is "yes" in .*; it must be a valid boolean'),
+        ({"attention_bias": float("nan")}, "attention_bias is NaN and mlp_bias is false"),
+        ({"rope_theta": "abc"}, 'rope_theta is "abc" in .*; it must be a finite number above 0'),
+        ({"rope_theta": float("inf")}, "rope_theta is Infinity"),
+        ({"rope_theta": 10**400}, r"rope_theta is 1000.*\.\.\. in .*; it must be a finite number above 0"),
+        ({"rope_theta": True}, "rope_theta is true"),
+        ({"rope_theta": 0}, "rope_theta is 0"),
+        ({"partial_rotary_factor": [1]}, r"partial_rotary_factor is \[1\] in .*; it must be a finite number above 0"),
+        ({"rope_scaling": "linear"}, 'rope_scaling is "linear" in .*; it must be an object'),
+        (
+            {"rope_scaling": LLAMA_3 | {"rope_type": "llama3", "factor": float("nan")}},
+            "rope_scaling.factor is NaN in .*; rope_type llama3 needs a number above 0",
+        ),
+        (
+            {"rope_scaling": LLAMA_3 | {"rope_type": "llama3", "original_max_position_embeddings": 6.5}},
+            "rope_scaling.original_max_position_embeddings is 6.5 in .*; it must be a whole number",
+        ),
+        (
+            {"rope_parameters": {"full_attention": {"rope_theta": 5.0}}},
+            "rope_parameters.full_attention is .* only one rope for all layers is supported for llama",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}},
+            "rope_parameters.rope_theta is 7.0 and rope_theta is 500000.0 in .*; they contradict each other",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "default"}, "rope_scaling": LLAMA_3 | {"rope_type": "llama3"}},
+            "rope_scaling is .* and rope_parameters is .* in .*; they contradict each other",
+        ),
+        (
+            {"rope_scaling": LLAMA_3 | {"rope_type": "llama3"}, "original_max_position_embeddings": 7},
+            "original_max_position_embeddings is 64 and original_max_position_embeddings is 7 in .* contradict",
+        ),
+        ({"is_causal": False}, "is_causal is false in .*; only true is supported for llama"),
+        ({"is_causal": None}, "is_causal is null"),
+        ({"per_layer_config": {"1": {"rms_norm_eps": 0.5}}}, "per_layer_config is .* only null is supported"),
+        ({"transformers_weights": "other.safetensors"}, 'transformers_weights is "other.safetensors" in'),
+        ({"pruned_heads": {"0": [1]}}, "pruned_heads is"),
+        ({"layer_types": ["sliding_attention"] * 2}, 'llama model with no window is .* "full_attention" in each of'),
+        ({"layer_types": ["full_attention"] * 3}, "layer_types is .* in each of its 2 layers"),
+        ({"layer_types": "full_attention"}, 'layer_types is "full_attention" in'),
+        ({"layer_types": [["full_attention"]] * 2}, "layer_types is"),
+        (
+            {"architectures": ["LlamaForSequenceClassification"]},
+            r'architectures is \["LlamaForSequenceClassification"\] in .*; only LlamaForCausalLM and LlamaModel are',
+        ),
+        ({"architectures": ["LlamaBiForMNTP"]}, "architectures is"),
+        ({"architectures": "LlamaForCausalLM"}, "architectures is"),
+        (
+            {"auto_map": {"AutoModelForCausalLM": "modeling_bi.LlamaBiForCausalLM"}},
+            'auto_map.AutoModelForCausalLM is "modeling_bi.LlamaBiForCausalLM" in .* never run. Only LlamaForCausalLM',
+        ),
+        ({"auto_map": {"AutoModel": ["modeling_bi.A"]}}, "auto_map.AutoModel is"),
+        ({"auto_map": "modeling.A"}, 'auto_map is "modeling.A" in .*; it must be an object'),
+        ({"eos_token_id": ["a"]}, r'eos_token_id is \["a"\] in .*; it must be a token id, a list of them or null'),
+        ({"pad_token_id": True}, "pad_token_id is true"),
+        ({"bos_token_id": 1.5}, "bos_token_id is 1.5"),
     ],
 )
 def test_what_is_not_expressed_exactly_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -118,9 +184,64 @@ def test_what_is_not_expressed_exactly_is_refused(tmp_path: Path, changes: dict[
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("content", "message"), [("{", "is not JSON"), ("[]", "must hold a JSON object")])
-def test_damaged_config(tmp_path: Path, content: str, message: str) -> None:
-    (tmp_path / "config.json").write_text(content)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"architectures": ...},
+        {"architectures": None},
+        {"architectures": []},
+        {"architectures": ["LlamaModel"]},
+        {"architectures": ["LLaMAForCausalLM"]},
+        {"auto_map": {"AutoModelForCausalLM": "org/code--modeling_llama.LlamaForCausalLM", "AutoConfig": "a.B"}},
+        {"layer_types": ["full_attention"] * 2},
+        {"layer_types": None},
+        {"is_causal": True},
+        {"hidden_act": "swish"},
+        {"eos_token_id": [1, 2], "pad_token_id": -1},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}},
+        {"rope_parameters": {"type": "default"}},
+        {"rope_parameters": {}, "rope_scaling": {}},
+        {"my_key": {"a": float("nan")}},
+    ],
+)
+def test_what_changes_nothing_is_read(tmp_path: Path, changes: dict[str, Any]) -> None:
+    plain = architecture_from_hf(folder(tmp_path))
+    assert architecture_from_hf(folder(tmp_path, **changes)) == plain
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_scaling": LLAMA_3 | {"rope_type": "llama3"}, "rope_theta": ...},
+        {"rope_scaling": LLAMA_3 | {"rope_type": "llama3"}, "rope_parameters": LLAMA_3 | {"rope_type": "llama3"}},
+        {"rope_parameters": LLAMA_3 | {"type": "llama3", "rope_theta": 7.0}, "rope_theta": ..., "rope_scaling": ...},
+    ],
+)
+def test_rope_is_what_transformers_takes_it_for(tmp_path: Path, changes: dict[str, Any]) -> None:
+    architecture = architecture_from_hf(folder(tmp_path, **changes))
+    rope = AutoConfig.from_pretrained(tmp_path).rope_parameters
+    assert architecture.rotary_base == rope["rope_theta"]
+    assert architecture.rope_scaling is not None
+    assert architecture.rope_scaling.model_dump() == {key: rope[key] for key in LLAMA_3}
+
+
+def test_an_adapter_beside_the_weights_is_refused(tmp_path: Path) -> None:
+    (folder(tmp_path) / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="has adapter_config.json: an adapter that would not be applied. Merge it"):
+        architecture_from_hf(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{", "is not JSON"),
+        (b"[]", "must hold a JSON object"),
+        (b'{"a": "\xff"}', "is not JSON"),
+        (b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "is nested too deeply"),
+    ],
+)
+def test_damaged_config(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(UserError, match=message):
         read_hf_config(tmp_path)
 

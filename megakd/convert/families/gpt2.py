@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from megakd.convert.mappings import Direct, GroupedQKV, Vocabulary
 from megakd.convert.table import ConfigKey, Family, Row
 
 _M, _H = "decoder.layers.{i}.", "transformer.h.{i}."
 _CONV1D = Direct(transposed=True)
+
+
+def _four_times_hidden_size(found: Mapping[str, Any]) -> int:
+    hidden = found["hidden_size"]
+    # What is no number is refused with its own name.
+    return 4 * hidden if isinstance(hidden, int) else 1
 
 
 def _norm(ours: str, theirs: str) -> tuple[Row, Row]:
@@ -21,12 +30,12 @@ GPT2 = Family(
     model_type="gpt2",
     model_class="GPT2LMHeadModel",
     fields={
-        "num_layers": ConfigKey(("n_layer",)),
-        "hidden_size": ConfigKey(("n_embd",)),
-        "ffn_hidden_size": ConfigKey(("n_inner",), lambda config: 4 * int(config.get("n_embd") or 0)),
-        "num_attention_heads": ConfigKey(("n_head",)),
+        "num_layers": ConfigKey(("n_layer",), aliases=("num_hidden_layers",)),
+        "hidden_size": ConfigKey(("n_embd",), aliases=("hidden_size",)),
+        "ffn_hidden_size": ConfigKey(("n_inner",), _four_times_hidden_size),
+        "num_attention_heads": ConfigKey(("n_head",), aliases=("num_attention_heads",)),
         "vocab_size": ConfigKey(("vocab_size",)),
-        "max_position_embeddings": ConfigKey(("n_positions",), 1024),
+        "max_position_embeddings": ConfigKey(("n_positions",), 1024, aliases=("max_position_embeddings",)),
         "layernorm_epsilon": ConfigKey(("layer_norm_epsilon",), 1e-5),
         "init_method_std": ConfigKey(("initializer_range",), 0.02),
         "share_embeddings_and_output_weights": ConfigKey(("tie_word_embeddings",), True),
@@ -42,10 +51,9 @@ GPT2 = Family(
         "num_moe_experts": None,
     },
     only={
-        "scale_attn_weights": True,
-        "scale_attn_by_inverse_layer_idx": False,
-        "add_cross_attention": False,
-        "quantization_config": None,
+        "scale_attn_weights": (True,),
+        "scale_attn_by_inverse_layer_idx": (False,),
+        "add_cross_attention": (False,),
     },
     rows=(
         Row("embedding.word_embeddings.weight", ("transformer.wte.weight",), Vocabulary()),

@@ -40,7 +40,8 @@ SHARED_FIXED = {
     "sliding_window": None,
     "num_moe_experts": None,
 }
-SHARED_ONLY = {"hidden_act": "silu", "quantization_config": None}
+# Two names of one function.
+SHARED_ONLY = {"hidden_act": ("silu", "swish")}
 OUTER_ROWS = (
     Row("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), Vocabulary()),
     Row("decoder.final_layernorm.weight", ("model.norm.weight",), Direct()),

@@ -27,13 +27,13 @@ MIXTRAL = Family(
         "num_query_groups": ConfigKey(("num_key_value_heads",), 8, null=True),
         "max_position_embeddings": ConfigKey(("max_position_embeddings",), 131072),
         "sliding_window": ConfigKey(("sliding_window",), null=True),
-        "num_moe_experts": ConfigKey(("num_local_experts",), 8),
+        "num_moe_experts": ConfigKey(("num_local_experts",), 8, aliases=("num_experts",)),
         "moe_router_topk": ConfigKey(("num_experts_per_tok",), 2),
     },
     fixed={field: value for field, value in SHARED_FIXED.items() if field not in _VARIES}
     # transformers divides by the sum over a token's experts, which is their softmax.
     | {"moe_ffn_hidden_size": None, "moe_router_pre_softmax": False},
-    only=SHARED_ONLY | {"router_jitter_noise": 0.0},
+    only=SHARED_ONLY | {"router_jitter_noise": (0.0,)},
     rows=(
         *OUTER_ROWS,
         *NORM_ROWS,

@@ -23,7 +23,7 @@ _FIELDS = SHARED_FIELDS | {
     "max_position_embeddings": ConfigKey(("max_position_embeddings",), 32768),
 }
 # A window in some layers only is not expressed.
-_ONLY = SHARED_ONLY | {"use_sliding_window": False}
+_ONLY = SHARED_ONLY | {"use_sliding_window": (False,)}
 
 QWEN2 = Family(
     model_type="qwen2",
@@ -45,7 +45,7 @@ QWEN3 = Family(
     model_class="Qwen3ForCausalLM",
     fields=_FIELDS | {"kv_channels": ConfigKey(("head_dim",), 128, null=True)},
     fixed=SHARED_FIXED | {"qk_layernorm": True},
-    only=_ONLY | {"attention_bias": False},
+    only=_ONLY | {"attention_bias": (False,)},
     rows=(*SHARED_ROWS, *_HEAD_NORMS),
     ignored=ROTARY_BUFFERS,
 )
@@ -58,7 +58,7 @@ QWEN3_MOE = Family(
     fields=_FIELDS
     | {
         "num_query_groups": ConfigKey(("num_key_value_heads",), 4, null=True),
-        "num_moe_experts": ConfigKey(("num_local_experts",), 128, aliases=("num_experts",)),
+        "num_moe_experts": ConfigKey(("num_local_experts",), 128, aliases=("num_experts",), writes_aliases=True),
         "moe_ffn_hidden_size": ConfigKey(("moe_intermediate_size",), 768),
         "moe_router_topk": ConfigKey(("num_experts_per_tok",), 8),
         "moe_router_pre_softmax": ConfigKey(("norm_topk_prob",), False, words={True: False, False: True}),
@@ -66,7 +66,7 @@ QWEN3_MOE = Family(
     fixed={field: value for field, value in SHARED_FIXED.items() if field != "num_moe_experts"}
     | {"qk_layernorm": True},
     # Layers without experts among those with them are not expressed.
-    only=_ONLY | {"attention_bias": False, "decoder_sparse_step": 1, "mlp_only_layers": []},
+    only=_ONLY | {"attention_bias": (False,), "decoder_sparse_step": (1,), "mlp_only_layers": ([], None)},
     rows=(
         *OUTER_ROWS,
         *NORM_ROWS,
