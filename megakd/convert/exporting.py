@@ -16,6 +16,7 @@ from megakd.convert.importing import Progress, blocks_of, check_output, check_sp
 from megakd.convert.megatron_weights import MegatronWeights
 from megakd.convert.safetensors_folder import INDEX_FILE
 from megakd.convert.shard_writer import ShardWriter, Weight
+from megakd.convert.source import most_used
 from megakd.convert.table import Family
 from megakd.parameters.sharding import Block, parameter_shapes
 
@@ -58,7 +59,7 @@ def export_checkpoint(
         ]
         total = sum(weight.nbytes for weight in weights)
         check_space(out, total)
-        word = str(types["decoder.final_layernorm.weight"]).removeprefix("torch.")
+        word = str(most_used((weight.dtype, weight.nbytes) for weight in weights)).removeprefix("torch.")
         config = hf_config_from_architecture(architecture, config_source, word)
         done = begin(total)
         writer = None

@@ -94,7 +94,8 @@ def export_hf(
         is_data_rank_0: other replicas return at once.
         dtype: type of the weights written.
         tokenizer_from: folder whose tokenizer files are copied.
-        source_config_dir: Hugging Face folder the model descends from, for token ids and generation_config.json.
+        source_config_dir: Hugging Face folder the model descends from, for generation_config.json and what its
+            config.json says beside the architecture.
 
     Raises:
         UserError: no Hugging Face family expresses the architecture, `out_dir` cannot be written, or a parameter is

@@ -19,6 +19,7 @@ from megakd.convert.checkpoint_keys import extra_state_keys, stacked_key, stacke
 from megakd.convert.hf_config import read_hf_config
 from megakd.convert.hf_weights import HFWeights
 from megakd.convert.output_folder import OutputFolder, check_replaceable
+from megakd.convert.source import most_used
 from megakd.parameters.sharding import Block, padded_vocab_size, parameter_shapes
 from megakd.torch_dist import Piece, write_checkpoint
 from megakd.torch_dist.reading import TRACKER_FILE
@@ -59,6 +60,7 @@ def import_checkpoint(
         _check_layout(source.architecture, tp, pp, source.path)
         pieces = list(_pieces(source, 128 * tp, dtype))
         total = sum(piece.nbytes for piece in pieces)
+        params_dtype = most_used((piece.dtype, piece.nbytes) for piece in pieces)
         check_space(out, total)
         folder = None
         try:
@@ -67,7 +69,7 @@ def import_checkpoint(
             release.mkdir()
             objects = {key: [None] for key in extra_state_keys(source.architecture)}
             common = {
-                "args": _megatron_lm_arguments(source.architecture, tp, pp, dtype or pieces[0].dtype),
+                "args": _megatron_lm_arguments(source.architecture, tp, pp, params_dtype),
                 "checkpoint_version": 3.0,
                 "iteration": 0,
             }
@@ -194,6 +196,8 @@ def _megatron_lm_arguments(architecture: GPTArchitecture, tp: int, pp: int, dtyp
 
 def _copy_beside(source: Path, folder: OutputFolder, dtype: torch.dtype | None) -> None:
     config = read_hf_config(source)
+    # The code that it names is left behind.
+    config.pop("auto_map", None)
     if dtype is not None:
         config["dtype"] = config["torch_dtype"] = str(dtype).removeprefix("torch.")
     (folder.path / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -54,6 +55,14 @@ def source_name(name: str, layer_map: Sequence[int] | None) -> str:
     """The source's name of a parameter of a model that keeps some of its layers (depth pruning)."""
     layer = layer_of(name)
     return name if layer is None or layer_map is None else in_layer(name, layer_map[layer])
+
+
+def most_used(nbytes: Iterable[tuple[torch.dtype, int]]) -> torch.dtype:
+    """The type that most of a model's bytes are stored in."""
+    total: Counter[torch.dtype] = Counter()
+    for dtype, count in nbytes:
+        total[dtype] += count
+    return total.most_common(1)[0][0]
 
 
 def show_shape(shape: Sequence[int]) -> str:
