@@ -15,6 +15,8 @@ from megakd.common.logging import log
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
+    "spiece.model",
+    "tekken.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -23,7 +25,10 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
+    # transformers reads templates only there, so nothing else goes along.
+    "additional_chat_templates/*.jinja",
 )
+"""Patterns of paths in a folder."""
 
 
 class OutputFolder:
@@ -64,9 +69,11 @@ class OutputFolder:
 
     def copy_tokenizer(self, source: Path) -> None:
         """Copy a folder's tokenizer files; a warning where it has none."""
-        present = [file for file in TOKENIZER_FILES if (source / file).is_file()]
+        present = [file for pattern in TOKENIZER_FILES for file in sorted(source.glob(pattern)) if file.is_file()]
         for file in present:
-            shutil.copyfile(source / file, self.path / file)
+            copy = self.path / file.relative_to(source)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, copy)
         if not present:
             log.warning(f"{source} has no tokenizer files; {self.final} is written without.")
 
@@ -85,7 +92,7 @@ def check_replaceable(out_dir: str | Path, known: set[str], *sources: str | Path
         raise UserError(f"{out_dir} is where the model comes from; the export would replace it. Name another path.")
     if not out_dir.exists():
         return
-    known = known | set(TOKENIZER_FILES) | {"config.json", "generation_config.json"}
+    known = known | {file.split("/")[0] for file in TOKENIZER_FILES} | {"config.json", "generation_config.json"}
     foreign = [out_dir.name]
     if out_dir.is_dir():
         foreign = sorted(e.name for e in out_dir.iterdir() if e.name not in known and e.suffix != ".safetensors")

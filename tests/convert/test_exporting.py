@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megakd.common.errors import UserError
 from megakd.convert import architecture_from_hf, check_weights, export_hf
@@ -15,6 +15,7 @@ from megakd.convert.safetensors_folder import SafetensorsFolder
 from tests.convert.export_ranks import export_from_ranks, export_with_failing_disk, stage_parameters
 from tests.convert.llama_models import ALL_HEADS, GROUPED, save_llama
 
+ROOT = Path(__file__).resolve().parents[2]
 MODELS: dict[str, dict[str, Any]] = {
     "grouped": GROUPED | {"head_dim": 16},
     "all_heads_tied": ALL_HEADS | {"tie_word_embeddings": True},
@@ -76,16 +77,37 @@ def test_tokenizer_files_are_copied_and_weights_are_not(tmp_path: Path) -> None:
     source, out = tmp_path / "source", tmp_path / "out"
     save_llama(source)
     (source / "tokenizer.json").write_text("{}")
-    (source / "chat_template.jinja").write_text("{{ messages }}")
+    for name in ("tekken.json", "spiece.model", "chat_template.jinja"):
+        (source / name).write_text("{{ messages }}")
+    (source / "additional_chat_templates").mkdir()
+    for name in ("tool_use.jinja", "rag.jinja", "code.py"):
+        (source / "additional_chat_templates" / name).write_text("{{ tools }}")
     (source / "modeling_custom.py").write_text("raise SystemExit")
     export_hf(stage_parameters(source), out, architecture_from_hf(source), dtype=torch.float32, tokenizer_from=source)
-    assert sorted(file.name for file in out.iterdir()) == [
+    assert sorted(str(file.relative_to(out)) for file in out.rglob("*") if file.is_file()) == [
+        "additional_chat_templates/rag.jinja",
+        "additional_chat_templates/tool_use.jinja",
         "chat_template.jinja",
         "config.json",
         "generation_config.json",
         "model.safetensors",
+        "spiece.model",
+        "tekken.json",
         "tokenizer.json",
     ]
+    export_hf(stage_parameters(source), out, architecture_from_hf(source), dtype=torch.float32)
+    assert not (out / "additional_chat_templates").exists()
+
+
+def test_transformers_finds_every_chat_template_in_an_export(tmp_path: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    save_llama(source)
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "configs" / "quickstart" / "teacher")
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    tokenizer.save_pretrained(source)
+    assert (source / "additional_chat_templates" / "tool_use.jinja").is_file()
+    export_hf(stage_parameters(source), out, architecture_from_hf(source), dtype=torch.float32, tokenizer_from=source)
+    assert AutoTokenizer.from_pretrained(out).chat_template == tokenizer.chat_template
 
 
 def test_an_earlier_export_is_replaced_and_nothing_is_left_beside(tmp_path: Path) -> None:
