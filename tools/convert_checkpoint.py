@@ -116,7 +116,14 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from megakd.convert.verifying import compare_weights, logits_difference, open_both, stored_bytes
+    from megakd.convert.verifying import (
+        compare_weights,
+        describe_tokens,
+        logits_difference,
+        open_both,
+        random_tokens,
+        stored_bytes,
+    )
 
     hf, megatron = open_both(options.hf, options.megatron)
     with hf, megatron, _bar("compare") as begin:
@@ -135,8 +142,9 @@ def _verify(options: argparse.Namespace) -> int:
         )
     failed = any(d.largest > options.tolerance or (options.tolerance == 0 and d.different) for d in different)
     if not options.weights_only:
-        logits = logits_difference(options.hf, options.megatron, hf.architecture)
-        print(f"logits differ by at most {logits:.3e}")
+        tokens = random_tokens(hf.architecture)
+        logits = logits_difference(options.hf, options.megatron, hf.architecture, tokens)
+        print(f"logits of {describe_tokens(hf.architecture, tokens)} differ by at most {logits:.3e}")
         failed = failed or not logits <= options.logits_tolerance
     print("different" if failed else "the same within the tolerance" if different else "the same")
     return 1 if failed else 0

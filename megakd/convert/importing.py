@@ -171,9 +171,16 @@ def _megatron_lm_arguments(architecture: GPTArchitecture, tp: int, pp: int, dtyp
         rotary_base=int(a.rotary_base) if a.rotary_base == int(a.rotary_base) else a.rotary_base,
         rotary_percent=a.rotary_percent,
         use_rope_scaling=a.rope_scaling is not None,
+        # Its default where there is no scaling.
+        rope_scaling_factor=8.0 if a.rope_scaling is None else a.rope_scaling.factor,
         normalization=a.normalization,
         norm_epsilon=a.layernorm_epsilon,
         swiglu=a.activation == "swiglu",
+        squared_relu=False,
+        quick_geglu=False,
+        # Of models of megatron-core's, openai_gelu is not read: GELU is the tanh approximation where it is fused.
+        openai_gelu=False,
+        bias_gelu_fusion=a.activation == "gelu_tanh",
         add_bias_linear=a.add_bias_linear,
         add_qkv_bias=a.add_qkv_bias,
         qk_layernorm=a.qk_layernorm,

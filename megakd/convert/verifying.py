@@ -17,7 +17,9 @@ from megakd.convert.importing import Progress, blocks_of
 from megakd.convert.megatron_weights import MegatronWeights
 from megakd.parameters.sharding import parameter_shapes
 
-_TOKENS = 64
+_SEQUENCES, _LENGTH = 2, 256
+# A window up to here is exceeded: logits, and the attention of one layer at a time, stay small beside the models.
+_SMALL_WINDOW = 1024
 _BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 
 
@@ -85,31 +87,62 @@ def open_both(hf: str | Path, megatron: str | Path) -> tuple[HFWeights, Megatron
     return one, other
 
 
-def logits_difference(hf: str | Path, megatron: str | Path, architecture: GPTArchitecture) -> float:
-    """Largest difference of fp32 logits on the same random tokens: transformers' model of the folder, and
-    megatron-core's of the checkpoint on one rank. Both models are held whole.
+def random_tokens(architecture: GPTArchitecture) -> Tensor:
+    """Tokens to compare logits on, the same each time. [b, s], as long as the model's positions allow."""
+    length, window = _LENGTH, architecture.sliding_window
+    if window is not None and window <= _SMALL_WINDOW:
+        length = max(length, window + _LENGTH // 4)
+    length = min(length, architecture.max_position_embeddings)
+    return torch.randint(architecture.vocab_size, (_SEQUENCES, length), generator=torch.Generator().manual_seed(0))
+
+
+def describe_tokens(architecture: GPTArchitecture, tokens: Tensor) -> str:
+    """How many tokens were compared, and whether a sliding window was."""
+    sequences, length = tokens.shape
+    window = architecture.sliding_window
+    within = "" if window is None or length > window else f", within the sliding window of {window:,},"
+    return f"{sequences} x {length} tokens{within}"
+
+
+def logits_difference(hf: str | Path, megatron: str | Path, architecture: GPTArchitecture, tokens: Tensor) -> float:
+    """Largest difference of fp32 logits: transformers' model of the folder, and megatron-core's of the checkpoint on
+    one rank. Both models are held whole.
+
+    Raises:
+        UserError: transformers cannot load the folder.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-
-    length = min(_TOKENS, architecture.max_position_embeddings)
-    tokens = torch.randint(architecture.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
-    # Left to itself transformers fetches the code that these keys name.
-    told = {
-        key: value
-        for key, value in read_hf_config(hf).items()
-        if key not in ("auto_map", "quantization_config") and not re.search("^_|_implementation$", key)
-    }
-    model = AutoModelForCausalLM.from_pretrained(
-        hf, config=AutoConfig.for_model(**told), dtype=torch.float32, attn_implementation="eager",
-        local_files_only=True, use_safetensors=True, trust_remote_code=False,
-    )  # fmt: skip
-    with torch.no_grad():
-        expected = model.eval()(tokens).logits.float()
-    del model
+    expected = _transformers_logits(hf, tokens)
     return float((_megatron_logits(megatron, architecture, tokens) - expected).abs().max())
+
+
+def _transformers_logits(path: str | Path, tokens: Tensor) -> Tensor:
+    """[b, s, v], of what AutoModelForCausalLM.from_pretrained(path) is without code of the folder's own."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    # Left to itself transformers fetches the code that these keys name. The others say what is returned.
+    left_out = "^_|_implementation$|^(auto_map|quantization_config|return_dict|output_.*)$"
+    told = {key: value for key, value in read_hf_config(path).items() if not re.search(left_out, key)}
+    verbosity = logging.get_verbosity()
+    # It warns, of configuration and generation both, of tokens that no logit depends on.
+    logging.set_verbosity_error()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path, config=AutoConfig.for_model(**told), dtype=torch.float32, attn_implementation="eager",
+            local_files_only=True, use_safetensors=True, trust_remote_code=False,
+        )  # fmt: skip
+        with torch.no_grad():
+            logits: Tensor = model.eval()(tokens).logits.float()
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"transformers cannot load {path} ({type(error).__name__}: {reason}). Mend its files, or compare with "
+            "--weights-only."
+        ) from error
+    finally:
+        logging.set_verbosity(verbosity)
+    return logits
 
 
 def _megatron_logits(path: str | Path, architecture: GPTArchitecture, tokens: Tensor) -> Tensor:

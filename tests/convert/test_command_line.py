@@ -109,7 +109,7 @@ def test_as_a_program(folder: Path) -> None:
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0] == "31 of 31 parameters are equal bit for bit"
-    assert lines[1].startswith("logits differ by at most ") and float(lines[1].split()[-1]) < 1e-4
+    assert lines[1].startswith("logits of 2 x 64 tokens differ by at most ") and float(lines[1].split()[-1]) < 1e-4
     assert lines[2:] == ["the same"]
 
 
@@ -147,7 +147,7 @@ class TestVerify:
         assert lines[1] == (
             "  decoder.layers.2.mlp.linear_fc2.weight: 1 of 6,144 elements differ, by at most 5.000e-01"
         )
-        assert lines[2].startswith("logits differ by at most ") and float(lines[2].split()[-1]) > 1e-4
+        assert lines[2].startswith("logits of 2 x 64 tokens differ by at most ") and float(lines[2].split()[-1]) > 1e-4
         assert lines[3] == "different"
 
     def test_within_the_tolerance(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
