@@ -23,6 +23,9 @@ from megakd.convert.hf_checks import (
 from megakd.convert.hf_rope import read_rope
 from megakd.convert.table import Family
 
+# Of a tensor's sizes.
+_LARGEST = 2**63 - 1
+
 
 def read_hf_config(path: str | Path) -> dict[str, Any]:
     """Read a Hugging Face folder's config.json.
@@ -65,6 +68,10 @@ def architecture_from_hf(path: str | Path) -> GPTArchitecture:
     found: dict[str, Any] = {}
     for field in family.fields:
         found[field] = _read_field(family, field, config, found, file)
+        if isinstance(found[field], int) and abs(found[field]) > _LARGEST:
+            raise UserError(
+                f"{family.fields[field].names[0]} is {show(found[field])} in {file}; it must be at most {_LARGEST}."
+            )
     values: dict[str, Any] = {field: value for field, value in found.items() if value is not None}
     values.update(family.fixed)
     if values["position_embedding_type"] == "rope":

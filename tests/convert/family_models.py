@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,8 @@ def save_model(path: Path, name: str, dtype: torch.dtype = torch.float32) -> tra
     """Save a model with every weight random, the norms' and biases' too, and outputs of about unit size."""
     family, settings = MODELS[name]
     known = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 3)
-    config = getattr(transformers, f"{family}Config")(**known, **settings)
+    # Phi-3's configuration writes into the rope settings it is given.
+    config = getattr(transformers, f"{family}Config")(**known, **deepcopy(settings))
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():

@@ -117,6 +117,7 @@ def test_both_biases_are_read(tmp_path: Path) -> None:
         ({"hidden_size": "64"}, 'hidden_size is "64" in .*; it must be a valid integer'),
         ({"num_hidden_layers": True}, "num_hidden_layers is true in .*; it must be a valid integer"),
         ({"num_hidden_layers": {"a": 1}}, "num_hidden_layers is .* it must be a valid integer"),
+        ({"hidden_size": 10**400}, r"hidden_size is 1000.*\.\.\. in .*; it must be at most 9223372036854775807"),
         ({"vocab_size": 1e400}, "vocab_size is Infinity in .*; it must be a "),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps is NaN in .*; it must be a finite number"),
         ({"tie_word_embeddings": "yes"}, 'tie_word_embeddings is "yes" in .*; it must be a valid boolean'),
