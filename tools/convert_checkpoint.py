@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NoReturn
 
 if find_spec("megakd") is None:
     # A clone that is not installed.
@@ -23,9 +24,15 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 SHOWN = 10
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, where argparse would print the usage before it."""
+        raise UserError(f"{message.rstrip('.')}. {self.prog} --help tells more.")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line's options."""
-    parser = argparse.ArgumentParser(description=__doc__, epilog="COMMAND --help tells more.")
+    parser = _Parser(description=__doc__, epilog="COMMAND --help tells more.")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     into = commands.add_parser("import", help="Hugging Face folder to Megatron checkpoint", description=(
@@ -76,10 +83,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; 0 on success, 1 where `verify` finds a difference, 2 with an error line, 130 when interrupted."""
-    options = build_parser().parse_args(arguments)
     configure_logging()
     handler = signal.signal(signal.SIGTERM, _interrupt)
     try:
+        options = build_parser().parse_args(arguments)
         return {"import": _import, "export": _export, "verify": _verify, "inspect": _inspect}[options.command](options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

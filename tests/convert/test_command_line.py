@@ -20,9 +20,11 @@ from tools.convert_checkpoint import main
 ROOT = Path(__file__).resolve().parents[2]
 # A run of the command that stops where it has written a few pieces, tells so, and waits to be ended.
 WAITING = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from megakd.convert import {module}
+# A shell's background jobs, pytest among them, ignore it, and so do their children.
+signal.signal(signal.SIGINT, signal.{on_sigint})
 from tools.convert_checkpoint import main
 written = []
 def wait(count):
@@ -167,10 +169,9 @@ class TestVerify:
         self, folder: Path, tolerance: str, capsys: pytest.CaptureFixture[str]
     ) -> None:
         hf, megatron = str(folder / "hf"), str(folder / "megatron")
-        with pytest.raises(SystemExit) as ended:
-            main(["verify", "--hf", hf, "--megatron", megatron, f"--tolerance={tolerance}"])
-        assert ended.value.code == 2
-        assert f"argument --tolerance: {tolerance} is not a number from 0" in capsys.readouterr().err
+        message = f"argument --tolerance: {tolerance} is not a number from 0"
+        arguments = ["verify", "--hf", hf, "--megatron", megatron, f"--tolerance={tolerance}"]
+        assert_refused(arguments, message, folder, capsys)
 
     def test_different_models(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         save_model(folder / "other", "qwen2_tied")
@@ -329,16 +330,19 @@ def test_bad_paths(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert_refused(arguments, message, folder, capsys)
 
 
-@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("sent", "on_sigint"),
+    [(signal.SIGTERM, "default_int_handler"), (signal.SIGTERM, "SIG_IGN"), (signal.SIGINT, "default_int_handler")],
+)
 @pytest.mark.parametrize("command", ["import", "export"])
-def test_an_interrupt_leaves_nothing(folder: Path, command: str, sent: signal.Signals) -> None:
+def test_an_interrupt_leaves_nothing(folder: Path, command: str, sent: signal.Signals, on_sigint: str) -> None:
     module, function = {
         "import": ("importing", "import_checkpoint"), "export": ("exporting", "export_checkpoint"),
     }[command]  # fmt: skip
     source = {"import": ["--hf", str(folder / "hf")], "export": ["--megatron", str(folder / "megatron")]}[command]
     before = entries(folder)
     process = subprocess.Popen(
-        [sys.executable, "-c", WAITING.format(module=module, function=function), command, *source]
+        [sys.executable, "-c", WAITING.format(module=module, function=function, on_sigint=on_sigint), command, *source]
         + ["--out", str(folder / "out")],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
@@ -367,3 +371,33 @@ def test_an_interrupt_while_replacing_keeps_the_earlier_conversion(
     assert main(arguments) == 130
     assert entries(folder) == ["hf", "megatron"]
     assert (folder / "megatron" / "release" / ".metadata").read_bytes() == before
+
+
+# What argparse refuses.
+BAD_ARGUMENTS = {
+    "--tp 0": "argument --tp: 0 is not a whole number above 0. ",
+    "--tp -1": "argument --tp: ",
+    "--pp x": "argument --pp: x is not a whole number above 0. ",
+    "--dtype int8": "argument --dtype: invalid choice: 'int8'",
+    "--nothing": "unrecognized arguments: --nothing. ",
+}
+
+
+@pytest.mark.parametrize("extra", BAD_ARGUMENTS)
+def test_bad_arguments_are_one_line(folder: Path, extra: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["import", "--hf", str(folder / "hf"), "--out", str(folder / "out"), *extra.split()]
+    assert_refused(arguments, BAD_ARGUMENTS[extra], folder, capsys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required: COMMAND. "),
+        (["convert"], "argument COMMAND: invalid choice: 'convert'"),
+        (["import", "--out", "x"], "the following arguments are required: --hf. "),
+    ],
+)
+def test_lacking_arguments_are_one_line(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert_refused(arguments, message, tmp_path, capsys)
