@@ -317,7 +317,13 @@ def test_bad_paths(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["import", "--hf", nowhere, "--out", str(folder / "out")], nowhere),
         (["import", "--hf", hf, "--out", megatron], "MEGATRON exists. Name another path, or give --overwrite"),
         (["import", "--hf", hf, "--out", hf, "--overwrite"], "HF is where the model comes from"),
-        (["import", "--hf", hf, "--out", f"{hf}/config.json/out"], "could not be written"),
+        (["import", "--hf", hf, "--out", f"{hf}/config.json/out"], "out lies in HF, where the model comes from."),
+        (["import", "--hf", hf, "--out", f"{megatron}/config.json/out"], "could not be written: Not a directory."),
+        (["import", "--hf", hf, "--out", f"{hf}/config.json"], "config.json lies in HF"),
+        (["import", "--hf", hf, "--out", f"{megatron}/config.json"], "exists and is not a folder. Name another"),
+        (["import", "--hf", hf, "--out", ""], "The output's path is empty. Name the folder to write."),
+        (["export", "--megatron", megatron, "--out", str(folder), "--overwrite"], "holds MEGATRON, where the model"),
+        (["export", "--megatron", megatron, "--hf-config", hf, "--out", hf, "--overwrite"], "HF is where the model"),
         (["import", "--hf", hf, "--out", str(folder / "out"), "--tp", "3"], "--tp is 3; it must divide"),
         (["import", "--hf", megatron, "--out", str(folder / "out")], "MEGATRON has neither model.safetensors nor"),
         (["export", "--megatron", nowhere, "--out", str(folder / "out")], "nowhere holds no checkpoint"),
@@ -340,19 +346,40 @@ def test_an_interrupt_leaves_nothing(folder: Path, command: str, sent: signal.Si
         "import": ("importing", "import_checkpoint"), "export": ("exporting", "export_checkpoint"),
     }[command]  # fmt: skip
     source = {"import": ["--hf", str(folder / "hf")], "export": ["--megatron", str(folder / "megatron")]}[command]
+    program = WAITING.format(module=module, function=function, on_sigint=on_sigint)
     before = entries(folder)
     process = subprocess.Popen(
-        [sys.executable, "-c", WAITING.format(module=module, function=function, on_sigint=on_sigint), command, *source]
-        + ["--out", str(folder / "out")],
+        [sys.executable, "-c", program, command, *source, "--out", str(folder / "new" / "out")],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert process.stdout is not None
     assert process.stdout.readline() == "writing\n"
-    assert entries(folder) != before
+    assert entries(folder / "new") == [".out.tmp"]
     process.send_signal(sent)
     _, errors = process.communicate(timeout=60)
     assert (process.returncode, errors) == (130, "interrupted: nothing was written\n")
     assert entries(folder) == before
+
+
+@pytest.mark.parametrize("replacing", [False, True])
+def test_an_interrupt_that_comes_too_late_says_so(
+    folder: Path, replacing: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rename = Path.rename
+
+    def interrupted(self: Path, target: Path) -> Path:
+        renamed = rename(self, target)
+        if self.name == "new":
+            raise KeyboardInterrupt
+        return renamed
+
+    out = folder / ("megatron" if replacing else "out")
+    monkeypatch.setattr(Path, "rename", interrupted)
+    capsys.readouterr()
+    assert main(["import", "--hf", str(folder / "hf"), "--out", str(out), "--overwrite"]) == 130
+    assert capsys.readouterr().err == f"interrupted: {out} was complete already\n"
+    assert entries(folder) == sorted({"hf", "megatron", out.name})
+    assert main(["verify", "--hf", str(folder / "hf"), "--megatron", str(out), "--weights-only"]) == 0
 
 
 def test_an_interrupt_while_replacing_keeps_the_earlier_conversion(
@@ -361,7 +388,7 @@ def test_an_interrupt_while_replacing_keeps_the_earlier_conversion(
     rename = Path.rename
 
     def interrupted(self: Path, target: Path) -> Path:
-        if self.name == ".megatron.tmp":
+        if self.name == "new":
             raise KeyboardInterrupt
         return rename(self, target)
 
@@ -369,6 +396,7 @@ def test_an_interrupt_while_replacing_keeps_the_earlier_conversion(
     monkeypatch.setattr(Path, "rename", interrupted)
     arguments = ["import", "--hf", str(folder / "hf"), "--out", str(folder / "megatron"), "--overwrite"]
     assert main(arguments) == 130
+    assert capsys.readouterr().err == "interrupted: nothing was written\n"
     assert entries(folder) == ["hf", "megatron"]
     assert (folder / "megatron" / "release" / ".metadata").read_bytes() == before
 
