@@ -34,8 +34,8 @@ class WorkFolder:
         self._lock: int | None = None
         self._made: list[Path] = []
         try:
-            self._make_parents()
             while self._lock is None:
+                self._make_parents()
                 self._lock = self._try_to_lock()
             self.settle()
             self.new.mkdir()
@@ -89,10 +89,10 @@ class WorkFolder:
                 self._made.append(parent)
 
     def _try_to_lock(self) -> int | None:
-        """The lock's descriptor; None where its last holder removed the folder meanwhile."""
-        with suppress(FileExistsError):
-            self.path.mkdir()
+        """The lock's descriptor; None where its last holder removed the folder, or a parent, meanwhile."""
         try:
+            with suppress(FileExistsError):
+                self.path.mkdir()
             self._check_ours()
             lock = os.open(self.path / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
         except FileNotFoundError:
