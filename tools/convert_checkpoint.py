@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import signal
 import sys
 import threading
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NoReturn
 
 if find_spec("megakd") is None:
     # A clone that is not installed.
@@ -21,11 +23,18 @@ from megakd.common.logging import configure_logging
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 SHOWN = 10
+Begin = Callable[[int], Callable[[int], None]]
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, where argparse would print the usage before it."""
+        raise UserError(f"{message.rstrip('.')}. {self.prog} --help tells more.")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line's options."""
-    parser = argparse.ArgumentParser(description=__doc__, epilog="COMMAND --help tells more.")
+    parser = _Parser(description=__doc__, epilog="COMMAND --help tells more.")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     into = commands.add_parser("import", help="Hugging Face folder to Megatron checkpoint", description=(
@@ -76,16 +85,16 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; 0 on success, 1 where `verify` finds a difference, 2 with an error line, 130 when interrupted."""
-    options = build_parser().parse_args(arguments)
     configure_logging()
     handler = signal.signal(signal.SIGTERM, _interrupt)
     try:
+        options = build_parser().parse_args(arguments)
         return {"import": _import, "export": _export, "verify": _verify, "inspect": _inspect}[options.command](options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(f"interrupted: {str(interrupt) or 'nothing was written'}", file=sys.stderr)
         return 130
     finally:
         signal.signal(signal.SIGTERM, handler)
@@ -94,25 +103,27 @@ def main(arguments: list[str] | None = None) -> int:
 def _import(options: argparse.Namespace) -> int:
     from megakd.convert.importing import import_checkpoint
 
-    with _bar("import") as begin:
-        import_checkpoint(
-            options.hf, options.out, tp=options.tp, pp=options.pp, dtype=_dtype(options.dtype),
-            overwrite=options.overwrite, begin=begin,
-        )  # fmt: skip
-    print(f"Megatron checkpoint: {options.out}")
-    return 0
+    with _outcome_told(options.out) as watched:
+        with _bar("import") as begin:
+            import_checkpoint(
+                options.hf, options.out, tp=options.tp, pp=options.pp, dtype=_dtype(options.dtype),
+                overwrite=options.overwrite, begin=watched(begin),
+            )  # fmt: skip
+        print(f"Megatron checkpoint: {options.out}")
+        return 0
 
 
 def _export(options: argparse.Namespace) -> int:
     from megakd.convert.exporting import export_checkpoint
 
-    with _bar("export") as begin:
-        export_checkpoint(
-            options.megatron, options.out, config_dir=options.hf_config, dtype=_dtype(options.dtype),
-            overwrite=options.overwrite, begin=begin,
-        )  # fmt: skip
-    print(f"Hugging Face folder: {options.out}")
-    return 0
+    with _outcome_told(options.out) as watched:
+        with _bar("export") as begin:
+            export_checkpoint(
+                options.megatron, options.out, config_dir=options.hf_config, dtype=_dtype(options.dtype),
+                overwrite=options.overwrite, begin=watched(begin),
+            )  # fmt: skip
+        print(f"Hugging Face folder: {options.out}")
+        return 0
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -158,7 +169,36 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 @contextmanager
-def _bar(what: str) -> Iterator[Callable[[int], Callable[[int], None]]]:
+def _outcome_told(out: str) -> Iterator[Callable[[Begin], Begin]]:
+    """Make an interrupt say so where it came when the output was in its place already."""
+    # Known from when writing begins: an earlier output may be brought back before.
+    before: list[tuple[int, int] | None] = []
+
+    def watched(begin: Begin) -> Begin:
+        def begin_watched(total: int) -> Callable[[int], None]:
+            before.append(_identity(out))
+            return begin(total)
+
+        return begin_watched
+
+    try:
+        yield watched
+    except KeyboardInterrupt:
+        if before and _identity(out) not in (None, before[0]):
+            raise KeyboardInterrupt(f"{out} was complete already") from None
+        raise
+
+
+def _identity(out: str) -> tuple[int, int] | None:
+    try:
+        found = os.stat(out)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+@contextmanager
+def _bar(what: str) -> Iterator[Begin]:
     """A progress bar over bytes, on a terminal's standard error."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn

@@ -8,14 +8,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megakd.common.errors import UserError
 from megakd.config.architecture import GPTArchitecture
 from megakd.convert.hf_config import read_hf_config
 from megakd.convert.hf_config_writing import family_for_export, hf_config_from_architecture
-from megakd.convert.importing import Progress, blocks_of, check_output, check_space
+from megakd.convert.importing import Progress, blocks_of
 from megakd.convert.megatron_weights import MegatronWeights
-from megakd.convert.safetensors_folder import INDEX_FILE
-from megakd.convert.shard_writer import ShardWriter, Weight
+from megakd.convert.output_folder import OutputFolder, write_errors_told
+from megakd.convert.shard_writer import EXPORTED, ShardWriter, Weight
 from megakd.convert.source import most_used
 from megakd.convert.table import Family
 from megakd.parameters.sharding import Block, parameter_shapes
@@ -45,8 +44,9 @@ def export_checkpoint(
         UserError: the checkpoint is not a model that can be read, or `out` exists or cannot be written. `out` is then
             as it was.
     """
-    check_output(out, {INDEX_FILE}, overwrite, megatron)
-    with MegatronWeights(megatron, config_dir) as source:
+    with write_errors_told(out):
+        folder = OutputFolder(out, EXPORTED, megatron, config_dir, overwrite=overwrite)
+    with folder, MegatronWeights(megatron, config_dir) as source:
         architecture = source.architecture
         source.check(architecture)
         config_source = read_hf_config(source.config_dir)
@@ -58,23 +58,20 @@ def export_checkpoint(
             for hf_name, shape in family.hf_shapes(name, full, architecture).items()
         ]
         total = sum(weight.nbytes for weight in weights)
-        check_space(out, total)
+        folder.check_space(total, len(weights), source.config_dir)
         word = str(most_used((weight.dtype, weight.nbytes) for weight in weights)).removeprefix("torch.")
         config = hf_config_from_architecture(architecture, config_source, word)
         done = begin(total)
-        writer = None
-        try:
-            writer = ShardWriter(out, weights, max_shard_bytes)
-            for name, shape in parameter_shapes(architecture, divisible_by=1).items():
-                for block in _blocks(family, name, shape, source):
-                    part = source.read(name, block)
-                    _write(writer, family, name, block, part, architecture)
-                    done(part.numel() * types[name].itemsize)
-            writer.finish(config, source.config_dir, source.config_dir)
-        except OSError as error:
-            raise UserError(f"{out} could not be written: {error.strerror or error}.") from error
-        finally:
-            if writer is not None:
+        with write_errors_told(out):
+            writer = ShardWriter(folder, weights, max_shard_bytes)
+            try:
+                for name, shape in parameter_shapes(architecture, divisible_by=1).items():
+                    for block in _blocks(family, name, shape, source):
+                        part = source.read(name, block)
+                        _write(writer, family, name, block, part, architecture)
+                        done(part.numel() * types[name].itemsize)
+                writer.finish(config, source.config_dir, source.config_dir)
+            finally:
                 writer.discard()
 
 

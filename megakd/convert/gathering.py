@@ -15,7 +15,8 @@ from megakd.common.errors import UserError
 from megakd.config.architecture import GPTArchitecture
 from megakd.convert.hf_config import read_hf_config
 from megakd.convert.hf_config_writing import family_for_export, hf_config_from_architecture
-from megakd.convert.shard_writer import ShardWriter, Weight, check_can_export
+from megakd.convert.output_folder import OutputFolder
+from megakd.convert.shard_writer import EXPORTED, ShardWriter, Weight
 from megakd.convert.table import Family
 from megakd.parameters.sharding import (
     OUTPUT_LAYER,
@@ -112,13 +113,13 @@ def export_hf(
 
     def open_writer() -> None:
         nonlocal writer
-        check_can_export(out_dir, tokenizer_from, source_config_dir)
         weights = [
             Weight(hf_name, shape, dtype)
             for name, full in parameter_shapes(architecture, divisible_by=1).items()
             for hf_name, shape in family.hf_shapes(name, full, architecture).items()
         ]
-        writer = ShardWriter(out_dir, weights, max_shard_bytes)
+        folder = OutputFolder(out_dir, EXPORTED, tokenizer_from, source_config_dir, overwrite=True)
+        writer = ShardWriter(folder, weights, max_shard_bytes)
 
     if _rank(tp_group) == 0 and _rank(pp_group) == 0:
         attempt.run(open_writer)

@@ -16,15 +16,23 @@ from torch import Tensor
 from megakd.common.errors import UserError
 from megakd.config.architecture import GPTArchitecture
 from megakd.convert.checkpoint_keys import extra_state_keys, stacked_key, stacked_sizes
+from megakd.convert.earlier_output import OutputKind
 from megakd.convert.hf_config import read_hf_config
 from megakd.convert.hf_weights import HFWeights
-from megakd.convert.output_folder import OutputFolder, check_replaceable
+from megakd.convert.output_folder import TOKENIZER_FILES, OutputFolder, write_errors_told
 from megakd.convert.source import most_used
 from megakd.parameters.sharding import Block, padded_vocab_size, parameter_shapes
 from megakd.torch_dist import Piece, write_checkpoint
-from megakd.torch_dist.reading import TRACKER_FILE
+from megakd.torch_dist.reading import COMMON_FILE, METADATA_FILE, TRACKER_FILE
 
 RELEASE = "release"
+IMPORTED = OutputKind(
+    "import",
+    frozenset({TRACKER_FILE, "config.json", "generation_config.json"})
+    | frozenset(TOKENIZER_FILES)
+    | {f"{RELEASE}/{file}" for file in (METADATA_FILE, COMMON_FILE, "metadata.json", "__0_*.distcp")},
+    ((TRACKER_FILE,), (f"{RELEASE}/{METADATA_FILE}",), (f"{RELEASE}/metadata.json",)),
+)
 _PIECE_BYTES = 8 * 2**20
 
 Progress = Callable[[int], None]
@@ -54,62 +62,28 @@ def import_checkpoint(
         UserError: the folder is not a model that can be read, the layout is not possible for it, `out` exists or
             cannot be written. `out` is then as it was.
     """
-    check_output(out, {RELEASE, TRACKER_FILE}, overwrite, hf)
-    with HFWeights(hf) as source:
+    with write_errors_told(out):
+        folder = OutputFolder(out, IMPORTED, hf, overwrite=overwrite)
+    with folder, HFWeights(hf) as source:
         source.check(source.architecture)
         _check_layout(source.architecture, tp, pp, source.path)
         pieces = list(_pieces(source, 128 * tp, dtype))
         total = sum(piece.nbytes for piece in pieces)
+        objects = {key: [None] for key in extra_state_keys(source.architecture)}
+        folder.check_space(total, len(pieces) + len(objects), source.path)
         params_dtype = most_used((piece.dtype, piece.nbytes) for piece in pieces)
-        check_space(out, total)
-        folder = None
-        try:
-            folder = OutputFolder(out)
+        common = {
+            "args": _megatron_lm_arguments(source.architecture, tp, pp, params_dtype),
+            "checkpoint_version": 3.0,
+            "iteration": 0,
+        }
+        with write_errors_told(out):
             release = folder.path / RELEASE
             release.mkdir()
-            objects = {key: [None] for key in extra_state_keys(source.architecture)}
-            common = {
-                "args": _megatron_lm_arguments(source.architecture, tp, pp, params_dtype),
-                "checkpoint_version": 3.0,
-                "iteration": 0,
-            }
             write_checkpoint(release, pieces, objects, common, begin(total))
             (folder.path / TRACKER_FILE).write_text(RELEASE, encoding="utf-8")
             _copy_beside(source.path, folder, dtype)
             folder.publish()
-        except OSError as error:
-            raise UserError(f"{out} could not be written: {error.strerror or error}.") from error
-        finally:
-            if folder is not None:
-                folder.discard()
-
-
-def check_output(out: str | Path, known: set[str], overwrite: bool, source: str | Path) -> None:
-    """Refuse an output that exists, or with `overwrite` one that holds what no conversion writes.
-
-    Raises:
-        UserError: it does.
-    """
-    if Path(out).exists() and not overwrite:
-        raise UserError(f"{out} exists. Name another path, or give --overwrite to replace it.")
-    check_replaceable(out, known, source)
-
-
-def check_space(out: str | Path, total: int) -> None:
-    """Refuse to begin what does not fit the disk.
-
-    Raises:
-        UserError: less than `total` bytes are free where `out` goes.
-    """
-    parent = Path(out).absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    free = shutil.disk_usage(parent).free
-    if free < total:
-        raise UserError(
-            f"{out} needs {total / 2**30:.2f} GiB and {parent} has {free / 2**30:.2f} GiB free. Make room, or name "
-            "another disk."
-        )
 
 
 def _check_layout(architecture: GPTArchitecture, tp: int, pp: int, path: Path) -> None:

@@ -5,12 +5,20 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from megakd.common.errors import UserError
 from megakd.common.logging import log
+from megakd.convert.earlier_output import OutputKind, check_apart, real_path
+from megakd.convert.work_folder import WorkFolder
+
+# For each weight, piece and object: its header, its place in the index and what it is rounded up to.
+_ENTRY_BYTES = 4096
+_MARGIN_BYTES = 2**20
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -32,36 +40,77 @@ TOKENIZER_FILES = (
 
 
 class OutputFolder:
-    """Written beside its final place, in `path`; what an interrupted writer left there is removed first."""
+    """Written beside its final place, in `path`, which no other writer has meanwhile.
 
-    def __init__(self, final: str | Path) -> None:
-        self.final = Path(final).absolute()
-        self.path = self.final.with_name(f".{self.final.name}.tmp")
-        if self.path.exists():
-            shutil.rmtree(self.path)
-        self.path.mkdir(parents=True)
+    Raises:
+        UserError: `out` exists and is not to be replaced (see `OutputKind.check`), is not apart from `sources`, or
+            another writer is at work on it.
+        OSError: nothing can be written there.
+    """
+
+    def __init__(self, out: str | Path, kind: OutputKind, *sources: str | Path | None, overwrite: bool) -> None:
+        self.out = out
+        self._kind, self._overwrite = kind, overwrite
+        check_apart(out, *sources)
+        kind.check(out, overwrite=overwrite)
+        self._work = WorkFolder(real_path(out))
+        self.path = self._work.new
+        try:
+            # Once more: it may have been brought back, or written by a writer that has ended since.
+            kind.check(out, overwrite=overwrite)
+        except BaseException:
+            self.discard()
+            raise
+
+    def __enter__(self) -> OutputFolder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.discard()
 
     def publish(self) -> None:
-        """Give the folder its name; one that had it before goes when the new one is in its place."""
-        for file in self.path.rglob("*"):
+        """Give the folder its name; one that had it before goes when the new one is in its place.
+
+        Raises:
+            UserError: what must not be replaced has appeared in its place.
+        """
+        for file in (self.path, *self.path.rglob("*")):
             _flush(file)
-        old = self.final.with_name(f".{self.final.name}.old")
-        if old.exists():
-            shutil.rmtree(old)
-        try:
-            if self.final.exists():
-                self.final.rename(old)
-            self.path.rename(self.final)
-        except BaseException:
-            if old.exists() and not self.final.exists():
-                old.rename(self.final)
-            raise
-        _flush(self.final.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        self._kind.check(self.out, overwrite=self._overwrite)
+        final = self._work.final
+        if final.exists():
+            final.rename(self._work.old)
+        self.path.rename(final)
+        with suppress(OSError):
+            # It is in its place: an error now would say that it is not.
+            _flush(final.parent)
+        self._work.remove()
 
     def discard(self) -> None:
         """Remove what has been written, unless it is published."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        self._work.remove()
+
+    def check_space(self, nbytes: int, entries: int, beside: Path) -> None:
+        """Refuse to begin what does not fit the disk.
+
+        Args:
+            nbytes: size of all weights.
+            entries: number of weights, pieces and objects.
+            beside: folder whose configuration and tokenizer are copied.
+
+        Raises:
+            UserError: less than that is free.
+        """
+        copied = _present(beside, ("config.json", "generation_config.json", *TOKENIZER_FILES))
+        total = nbytes + entries * _ENTRY_BYTES + _MARGIN_BYTES + sum(file.stat().st_size for file in copied)
+        free = shutil.disk_usage(self.path).free
+        if free < total:
+            raise UserError(
+                f"{self.out} needs {_show_size(total)} and {self._work.final.parent} has {_show_size(free)} free. Make "
+                "room, or name another disk."
+            )
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Write a JSON file."""
@@ -69,37 +118,36 @@ class OutputFolder:
 
     def copy_tokenizer(self, source: Path) -> None:
         """Copy a folder's tokenizer files; a warning where it has none."""
-        present = [file for pattern in TOKENIZER_FILES for file in sorted(source.glob(pattern)) if file.is_file()]
+        present = _present(source, TOKENIZER_FILES)
         for file in present:
             copy = self.path / file.relative_to(source)
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(file, copy)
         if not present:
-            log.warning(f"{source} has no tokenizer files; {self.final} is written without.")
+            log.warning(f"{source} has no tokenizer files; {self.out} is written without.")
 
 
-def check_replaceable(out_dir: str | Path, known: set[str], *sources: str | Path | None) -> None:
-    """Refuse to replace anything but what was written here before, and the folders a model comes from in any case.
-
-    Args:
-        known: names of the entries that a writer makes; safetensors files are among them in any case.
+@contextmanager
+def write_errors_told(out: str | Path) -> Iterator[None]:
+    """Say in one line that `out` cannot be written, and why.
 
     Raises:
-        UserError: `out_dir` is one of `sources`, a file, or a folder that holds anything else.
+        UserError: in the place of an OSError.
     """
-    out_dir = Path(out_dir)
-    if any(source is not None and Path(source).resolve() == out_dir.resolve() for source in sources):
-        raise UserError(f"{out_dir} is where the model comes from; the export would replace it. Name another path.")
-    if not out_dir.exists():
-        return
-    known = known | {file.split("/")[0] for file in TOKENIZER_FILES} | {"config.json", "generation_config.json"}
-    foreign = [out_dir.name]
-    if out_dir.is_dir():
-        foreign = sorted(e.name for e in out_dir.iterdir() if e.name not in known and e.suffix != ".safetensors")
-    if foreign:
+    try:
+        yield
+    except OSError as error:
         raise UserError(
-            f"{out_dir} holds {foreign[0]}, which no export writes; the export would replace it. Name another path."
-        )
+            f"{out} could not be written: {error.strerror or error}. Make room, or name a path that can be written."
+        ) from error
+
+
+def _present(folder: Path, patterns: Iterable[str]) -> list[Path]:
+    return [file for pattern in patterns for file in sorted(folder.glob(pattern)) if file.is_file()]
+
+
+def _show_size(nbytes: int) -> str:
+    return f"{nbytes / 2**30:,.2f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:,.1f} MiB"
 
 
 def _flush(path: Path) -> None:

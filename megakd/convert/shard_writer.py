@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from megakd.common.piecewise_file import PiecewiseFile
+from megakd.convert.earlier_output import OutputKind, check_apart
 from megakd.convert.mappings import Shape
-from megakd.convert.output_folder import OutputFolder, check_replaceable
+from megakd.convert.output_folder import TOKENIZER_FILES, OutputFolder
 from megakd.convert.safetensors_folder import DTYPES, INDEX_FILE, SINGLE_FILE
 
 # Where weights begin: memory is copied several times faster to whole cache lines, here of whole pages.
@@ -23,13 +24,22 @@ _ALIGNMENT = 4096
 _WORDS = {dtype: word for word, dtype in DTYPES.items()}
 
 
+EXPORTED = OutputKind(
+    "export",
+    frozenset({"config.json", "generation_config.json", SINGLE_FILE, "model-*-of-*.safetensors", INDEX_FILE})
+    | frozenset(TOKENIZER_FILES),
+    (("config.json",), (SINGLE_FILE, INDEX_FILE)),
+)
+
+
 def check_can_export(out_dir: str | Path, *sources: str | Path | None) -> None:
-    """Refuse to replace anything but an earlier export, and the folders that the model comes from in any case.
+    """Refuse to replace anything but an earlier export, or to write in, over or around what the model comes from.
 
     Raises:
-        UserError: `out_dir` is one of `sources`, a file, or a folder that holds anything an export does not write.
+        UserError: `out_dir` is a file, a folder that no export wrote, or not apart from `sources`.
     """
-    check_replaceable(out_dir, {INDEX_FILE}, *sources)
+    check_apart(out_dir, *sources)
+    EXPORTED.check(out_dir, overwrite=True)
 
 
 @dataclass(frozen=True)
@@ -49,25 +59,21 @@ class Weight:
 class ShardWriter:
     """Writes the announced weights, in any order and by rows, into files of at most `max_shard_bytes`.
 
-    A weight larger than that has a file of its own. Nothing but what is handed in is held in memory.
+    A weight larger than that has a file of its own. Nothing but what is handed in is held in memory. Where not even
+    the files can be made, the folder is discarded.
     """
 
-    def __init__(self, out_dir: str | Path, weights: Sequence[Weight], max_shard_bytes: int) -> None:
-        self.folder = OutputFolder(out_dir)
+    def __init__(self, folder: OutputFolder, weights: Sequence[Weight], max_shard_bytes: int) -> None:
+        self.folder = folder
         self._weights = {weight.name: weight for weight in weights}
         self._place: dict[str, tuple[PiecewiseFile, int]] = {}
         self._missing = {weight.name: weight.nbytes for weight in weights}
         self._files: list[PiecewiseFile] = []
-        shards = _shards(weights, max_shard_bytes)
-        names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-        if len(shards) == 1:
-            names = [SINGLE_FILE]
-        else:
-            total = {"total_size": sum(weight.nbytes for weight in weights)}
-            holder = {weight.name: file for file, shard in zip(names, shards, strict=True) for weight in shard}
-            self.folder.write_json(INDEX_FILE, {"metadata": total, "weight_map": holder})
-        for name, shard in zip(names, shards, strict=True):
-            self._open(name, shard)
+        try:
+            self._open_all(_shards(weights, max_shard_bytes))
+        except BaseException:
+            self.discard()
+            raise
 
     def add(self, name: str, rows: Tensor, first_row: int = 0) -> None:
         """Write rows of a weight, in its announced type."""
@@ -97,6 +103,17 @@ class ShardWriter:
         for file in self._files:
             file.close()
         self.folder.discard()
+
+    def _open_all(self, shards: list[list[Weight]]) -> None:
+        names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+        if len(shards) == 1:
+            names = [SINGLE_FILE]
+        else:
+            total = {"total_size": sum(weight.nbytes for weight in self._weights.values())}
+            holder = {weight.name: file for file, shard in zip(names, shards, strict=True) for weight in shard}
+            self.folder.write_json(INDEX_FILE, {"metadata": total, "weight_map": holder})
+        for name, shard in zip(names, shards, strict=True):
+            self._open(name, shard)
 
     def _open(self, name: str, shard: Sequence[Weight]) -> None:
         header: dict[str, Any] = {

@@ -72,10 +72,11 @@ def write_checkpoint(
             set_crc32_options(False)
             dcp.save({}, storage_writer=writer, planner=planner, no_dist=True)
     except dcp.api.CheckpointException as error:
-        raise next(iter(error.failures.values()))[0] from error
+        raise _reason(next(iter(error.failures.values()))[0]) from error
     finally:
         set_crc32_options(checksums)
-    torch.save(dict(common), folder / COMMON_FILE)
+    # Not by torch.save, whose own files say "RuntimeError" where the disk is full.
+    (folder / COMMON_FILE).write_bytes(_saved(dict(common)))
     # What megatron-core's dist_checkpointing looks for first.
     backends = {"sharded_backend": "torch_dist", "common_backend": "torch"}
     versions = {f"{backend}_version": 1 for backend in backends}
@@ -140,6 +141,14 @@ class _LazyPlanner(SavePlanner):
         assert tuple(tensor.shape) == piece.sizes and tensor.dtype is piece.dtype, piece
         self._written(piece.nbytes)
         return tensor
+
+
+def _reason(error: BaseException) -> BaseException:
+    """What ended the writing: torch's zip writer, closed after an error within it, hides that with a RuntimeError."""
+    link: BaseException | None = error
+    while isinstance(link, RuntimeError):
+        link = link.__cause__ or link.__context__
+    return link if isinstance(link, (OSError, KeyboardInterrupt)) else error
 
 
 def _saved(value: Any) -> bytes:

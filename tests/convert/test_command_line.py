@@ -20,9 +20,11 @@ from tools.convert_checkpoint import main
 ROOT = Path(__file__).resolve().parents[2]
 # A run of the command that stops where it has written a few pieces, tells so, and waits to be ended.
 WAITING = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from megakd.convert import {module}
+# A shell's background jobs, pytest among them, ignore it, and so do their children.
+signal.signal(signal.SIGINT, signal.{on_sigint})
 from tools.convert_checkpoint import main
 written = []
 def wait(count):
@@ -167,10 +169,9 @@ class TestVerify:
         self, folder: Path, tolerance: str, capsys: pytest.CaptureFixture[str]
     ) -> None:
         hf, megatron = str(folder / "hf"), str(folder / "megatron")
-        with pytest.raises(SystemExit) as ended:
-            main(["verify", "--hf", hf, "--megatron", megatron, f"--tolerance={tolerance}"])
-        assert ended.value.code == 2
-        assert f"argument --tolerance: {tolerance} is not a number from 0" in capsys.readouterr().err
+        message = f"argument --tolerance: {tolerance} is not a number from 0"
+        arguments = ["verify", "--hf", hf, "--megatron", megatron, f"--tolerance={tolerance}"]
+        assert_refused(arguments, message, folder, capsys)
 
     def test_different_models(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         save_model(folder / "other", "qwen2_tied")
@@ -316,7 +317,13 @@ def test_bad_paths(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["import", "--hf", nowhere, "--out", str(folder / "out")], nowhere),
         (["import", "--hf", hf, "--out", megatron], "MEGATRON exists. Name another path, or give --overwrite"),
         (["import", "--hf", hf, "--out", hf, "--overwrite"], "HF is where the model comes from"),
-        (["import", "--hf", hf, "--out", f"{hf}/config.json/out"], "could not be written"),
+        (["import", "--hf", hf, "--out", f"{hf}/config.json/out"], "out lies in HF, where the model comes from."),
+        (["import", "--hf", hf, "--out", f"{megatron}/config.json/out"], "could not be written: Not a directory."),
+        (["import", "--hf", hf, "--out", f"{hf}/config.json"], "config.json lies in HF"),
+        (["import", "--hf", hf, "--out", f"{megatron}/config.json"], "exists and is not a folder. Name another"),
+        (["import", "--hf", hf, "--out", ""], "The output's path is empty. Name the folder to write."),
+        (["export", "--megatron", megatron, "--out", str(folder), "--overwrite"], "holds MEGATRON, where the model"),
+        (["export", "--megatron", megatron, "--hf-config", hf, "--out", hf, "--overwrite"], "HF is where the model"),
         (["import", "--hf", hf, "--out", str(folder / "out"), "--tp", "3"], "--tp is 3; it must divide"),
         (["import", "--hf", megatron, "--out", str(folder / "out")], "MEGATRON has neither model.safetensors nor"),
         (["export", "--megatron", nowhere, "--out", str(folder / "out")], "nowhere holds no checkpoint"),
@@ -329,26 +336,50 @@ def test_bad_paths(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert_refused(arguments, message, folder, capsys)
 
 
-@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("sent", "on_sigint"),
+    [(signal.SIGTERM, "default_int_handler"), (signal.SIGTERM, "SIG_IGN"), (signal.SIGINT, "default_int_handler")],
+)
 @pytest.mark.parametrize("command", ["import", "export"])
-def test_an_interrupt_leaves_nothing(folder: Path, command: str, sent: signal.Signals) -> None:
+def test_an_interrupt_leaves_nothing(folder: Path, command: str, sent: signal.Signals, on_sigint: str) -> None:
     module, function = {
         "import": ("importing", "import_checkpoint"), "export": ("exporting", "export_checkpoint"),
     }[command]  # fmt: skip
     source = {"import": ["--hf", str(folder / "hf")], "export": ["--megatron", str(folder / "megatron")]}[command]
+    program = WAITING.format(module=module, function=function, on_sigint=on_sigint)
     before = entries(folder)
     process = subprocess.Popen(
-        [sys.executable, "-c", WAITING.format(module=module, function=function), command, *source]
-        + ["--out", str(folder / "out")],
+        [sys.executable, "-c", program, command, *source, "--out", str(folder / "new" / "out")],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert process.stdout is not None
     assert process.stdout.readline() == "writing\n"
-    assert entries(folder) != before
+    assert entries(folder / "new") == [".out.tmp"]
     process.send_signal(sent)
     _, errors = process.communicate(timeout=60)
     assert (process.returncode, errors) == (130, "interrupted: nothing was written\n")
     assert entries(folder) == before
+
+
+@pytest.mark.parametrize("replacing", [False, True])
+def test_an_interrupt_that_comes_too_late_says_so(
+    folder: Path, replacing: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rename = Path.rename
+
+    def interrupted(self: Path, target: Path) -> Path:
+        renamed = rename(self, target)
+        if self.name == "new":
+            raise KeyboardInterrupt
+        return renamed
+
+    out = folder / ("megatron" if replacing else "out")
+    monkeypatch.setattr(Path, "rename", interrupted)
+    capsys.readouterr()
+    assert main(["import", "--hf", str(folder / "hf"), "--out", str(out), "--overwrite"]) == 130
+    assert capsys.readouterr().err == f"interrupted: {out} was complete already\n"
+    assert entries(folder) == sorted({"hf", "megatron", out.name})
+    assert main(["verify", "--hf", str(folder / "hf"), "--megatron", str(out), "--weights-only"]) == 0
 
 
 def test_an_interrupt_while_replacing_keeps_the_earlier_conversion(
@@ -357,7 +388,7 @@ def test_an_interrupt_while_replacing_keeps_the_earlier_conversion(
     rename = Path.rename
 
     def interrupted(self: Path, target: Path) -> Path:
-        if self.name == ".megatron.tmp":
+        if self.name == "new":
             raise KeyboardInterrupt
         return rename(self, target)
 
@@ -365,5 +396,36 @@ def test_an_interrupt_while_replacing_keeps_the_earlier_conversion(
     monkeypatch.setattr(Path, "rename", interrupted)
     arguments = ["import", "--hf", str(folder / "hf"), "--out", str(folder / "megatron"), "--overwrite"]
     assert main(arguments) == 130
+    assert capsys.readouterr().err == "interrupted: nothing was written\n"
     assert entries(folder) == ["hf", "megatron"]
     assert (folder / "megatron" / "release" / ".metadata").read_bytes() == before
+
+
+# What argparse refuses.
+BAD_ARGUMENTS = {
+    "--tp 0": "argument --tp: 0 is not a whole number above 0. ",
+    "--tp -1": "argument --tp: ",
+    "--pp x": "argument --pp: x is not a whole number above 0. ",
+    "--dtype int8": "argument --dtype: invalid choice: 'int8'",
+    "--nothing": "unrecognized arguments: --nothing. ",
+}
+
+
+@pytest.mark.parametrize("extra", BAD_ARGUMENTS)
+def test_bad_arguments_are_one_line(folder: Path, extra: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["import", "--hf", str(folder / "hf"), "--out", str(folder / "out"), *extra.split()]
+    assert_refused(arguments, BAD_ARGUMENTS[extra], folder, capsys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required: COMMAND. "),
+        (["convert"], "argument COMMAND: invalid choice: 'convert'"),
+        (["import", "--out", "x"], "the following arguments are required: --hf. "),
+    ],
+)
+def test_lacking_arguments_are_one_line(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert_refused(arguments, message, tmp_path, capsys)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -114,52 +113,9 @@ def test_a_layout_the_model_cannot_have(tmp_path: Path, tp: int, pp: int, messag
     assert not (tmp_path / "megatron").exists()
 
 
-@pytest.mark.parametrize("command", ["import", "export"])
-def test_a_disk_that_fills_leaves_nothing(tmp_path: Path, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    source, megatron, out = tmp_path / "source", tmp_path / "megatron", tmp_path / "out"
-    save_model(source, "llama2")
-    if command == "export":
-        import_checkpoint(source, megatron)
-    before = sorted(entry.name for entry in tmp_path.iterdir())
-    written = []
-
-    def fill(count: int) -> None:
-        written.append(count)
-        if len(written) == 7:
-            raise OSError(28, os.strerror(28))
-
-    with pytest.raises(UserError, match="could not be written: No space left on device"):
-        if command == "import":
-            import_checkpoint(source, megatron, begin=lambda total: fill)
-        else:
-            export_checkpoint(megatron, out, begin=lambda total: fill)
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == before
-
-
 def test_too_little_space_is_told_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_model(tmp_path / "source", "llama2")
     usage = importing.shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(importing.shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(UserError, match=r"megatron needs 0\.00 GiB and .* has 0\.00 GiB free. Make room"):
+    with pytest.raises(UserError, match=r"megatron needs 1\.\d MiB and .* has 0\.0 MiB free. Make room"):
         import_checkpoint(tmp_path / "source", tmp_path / "megatron")
-
-
-def test_a_killed_conversion_leaves_nothing_that_looks_whole_and_a_rerun_starts_clean(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source, megatron = tmp_path / "source", tmp_path / "megatron"
-    save_model(source, "llama2")
-
-    class Killed(BaseException):
-        pass
-
-    def stop(count: int) -> None:
-        raise Killed
-
-    monkeypatch.setattr(importing.OutputFolder, "discard", lambda self: None)
-    with pytest.raises(BaseException):  # noqa: B017  torch wraps what ends its writer
-        import_checkpoint(source, megatron, begin=lambda total: stop)
-    assert not megatron.exists()
-    monkeypatch.undo()
-    import_checkpoint(source, megatron)
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["megatron", "source"]
