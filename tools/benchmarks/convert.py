@@ -1,8 +1,10 @@
 #!/usr/bin/env python
 """Importing and exporting a random model of Qwen2.5-1.5B's shape against copying its files: time and memory.
 
-Every round copies (`cp -r` and `sync`), imports and exports, each in a process of its own, sources in the page cache
-and as much memory freed just before.
+Every round copies (`cp -r` and `sync`), imports and exports, each in a process of its own, sources in the page cache.
+A conversion takes from the start of Python to its exit. Between its imports and its work, and just before `cp`,
+as much memory is used and freed as a copy fills: what the host of a virtual machine has taken back takes several times
+as long to fill, and it takes back what is free for two seconds.
 
     python tools/benchmarks/convert.py --rounds 3 --json
 """
@@ -45,17 +47,15 @@ def main() -> None:
         memory: dict[str, int] = {}
         for round_ in range(arguments.rounds + 1):
             _prepare(source, copy)
-            taken = {"copy": _timed(["sh", "-c", f"cp -r {source} {copy} && sync"])}
+            started = time.perf_counter()
+            subprocess.run(["sh", "-c", f"cp -r {source} {copy} && sync"], check=True)
+            taken = {"copy": time.perf_counter() - started}
             for command, options in (
                 ("import", ["--hf", str(source), "--out", str(megatron)]),
                 ("export", ["--megatron", str(megatron), "--out", str(back)]),
             ):
-                _prepare(source, Path(options[-1]))
-                started = time.perf_counter()
-                worker = [sys.executable, __file__, "--worker", command, *options]
-                answer = subprocess.run(worker, check=True, stdout=subprocess.PIPE, text=True).stdout
-                taken[command] = time.perf_counter() - started
-                memory[command] = max(memory.get(command, 0), json.loads(answer.splitlines()[-1]))
+                taken[command], peak = _convert(command, options, source)
+                memory[command] = max(memory.get(command, 0), peak)
             if round_:
                 for what, value in taken.items():
                     seconds[what].append(value)
@@ -72,16 +72,25 @@ def main() -> None:
 
 
 def _prepare(source: Path, out: Path) -> None:
-    """Remove what stands there, and leave each side the same memory for the page cache: as much as it needs, used
-    a moment ago. What the host of a virtual machine has yet to provide takes several times as long to fill.
-    """
-    subprocess.run(["sh", "-c", f"rm -rf {out}; cp -r {source} {out}; rm -rf {out}; sync"], check=True)
+    """Remove what stands there, and leave twice the memory needed for the page cache, used a moment ago."""
+    copies = f"cp -r {source} {out}; cp -r {source} {out}.too; rm -rf {out} {out}.too; sync"
+    subprocess.run(["sh", "-c", f"rm -rf {out}; {copies}"], check=True)
 
 
-def _timed(command: list[str]) -> float:
+def _convert(command: str, options: list[str], source: Path) -> tuple[float, int]:
+    """Seconds and bytes of memory of one conversion."""
     started = time.perf_counter()
-    subprocess.run(command, check=True)
-    return time.perf_counter() - started
+    worker = [sys.executable, __file__, "--worker", command, *options]
+    with subprocess.Popen(worker, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None and process.stdout is not None
+        assert process.stdout.readline() == "imported\n"
+        imports = time.perf_counter() - started
+        _prepare(source, Path(options[-1]))
+        started = time.perf_counter()
+        answer, _ = process.communicate("go\n")
+    if process.returncode:
+        sys.exit(process.returncode)
+    return imports + time.perf_counter() - started, json.loads(answer.splitlines()[-1])
 
 
 def _serve(command: list[str]) -> None:
@@ -93,6 +102,8 @@ def _serve(command: list[str]) -> None:
     import megakd.convert.exporting
     import megakd.convert.importing  # noqa: F401
 
+    print("imported", flush=True)
+    sys.stdin.readline()
     before = peak = _anonymous_bytes()
     ended = threading.Event()
 
