@@ -15,7 +15,7 @@ from megakd.convert.importing import Progress, blocks_of
 from megakd.convert.megatron_weights import MegatronWeights
 from megakd.convert.output_folder import OutputFolder, write_errors_told
 from megakd.convert.shard_writer import EXPORTED, ShardWriter, Weight
-from megakd.convert.source import most_used
+from megakd.convert.source import dtype_word, most_used, to_dtype
 from megakd.convert.table import Family
 from megakd.parameters.sharding import Block, parameter_shapes
 
@@ -59,7 +59,7 @@ def export_checkpoint(
         ]
         total = sum(weight.nbytes for weight in weights)
         folder.check_space(total, len(weights), source.config_dir)
-        word = str(most_used((weight.dtype, weight.nbytes) for weight in weights)).removeprefix("torch.")
+        word = dtype_word(most_used((weight.dtype, weight.nbytes) for weight in weights))
         config = hf_config_from_architecture(architecture, config_source, word)
         done = begin(total)
         with write_errors_told(out):
@@ -67,7 +67,7 @@ def export_checkpoint(
             try:
                 for name, shape in parameter_shapes(architecture, divisible_by=1).items():
                     for block in _blocks(family, name, shape, source):
-                        part = source.read(name, block)
+                        part = to_dtype(source.read(name, block), types[name], source.origin(name))
                         _write(writer, family, name, block, part, architecture)
                         done(part.numel() * types[name].itemsize)
                 writer.finish(config, source.config_dir, source.config_dir)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 from pathlib import Path
 from types import TracebackType
 
@@ -15,9 +16,11 @@ from megakd.convert.families import family_of_config
 from megakd.convert.hf_config import architecture_from_hf, read_hf_config
 from megakd.convert.mappings import Shape
 from megakd.convert.safetensors_folder import DTYPES, SafetensorsFolder
-from megakd.convert.source import show_shape, source_name, stored_name
+from megakd.convert.source import row_blocks, show_shape, source_name, stored_name
 from megakd.convert.table import Row
-from megakd.parameters.sharding import OUTPUT_LAYER, Block, parameter_shapes
+from megakd.parameters.sharding import OUTPUT_LAYER, WORD_EMBEDDINGS, Block, parameter_shapes
+
+_TIED_HINT = " Set tie_word_embeddings to true in config.json if the head is the embedding."
 
 
 class HFWeights:
@@ -47,15 +50,12 @@ class HFWeights:
         return row.mapping.read(self.folder, hf_names, block, self.architecture)
 
     def dtype(self, name: str) -> torch.dtype:
-        """See WeightSource.dtype."""
-        _, hf_names = self._row(name)
-        found = dict.fromkeys(self.folder.dtype(hf_name) for hf_name in hf_names)
-        if len(found) > 1:
-            raise UserError(
-                f"{', '.join(hf_names)} in {self.path} are stored as {' and '.join(found)}, and are one parameter "
-                "here. Save the folder again in one dtype."
-            )
-        return DTYPES[next(iter(found))]
+        """See WeightSource.dtype; where its weights differ, the type that holds them all."""
+        return reduce(torch.promote_types, self.dtypes(name).values())
+
+    def dtypes(self, name: str) -> dict[str, torch.dtype]:
+        """Types of the weights that a parameter is made of, by their names."""
+        return {hf_name: DTYPES[self.folder.dtype(hf_name)] for hf_name in self._row(name)[1]}
 
     def row_step(self, name: str) -> int:
         """Blocks of a parameter start and end at multiples of this many rows."""
@@ -70,9 +70,8 @@ class HFWeights:
         present = set(self.folder.names)
         for name, shape in self._expected(architecture, layer_map).items():
             if name not in present:
-                raise UserError(
-                    f"{self.path} has no weight {name}, of shape {show_shape(shape)}.{nearest(name, present)}"
-                )
+                hint = _TIED_HINT if name in self._head_names() else nearest(name, present)
+                raise UserError(f"{self.path} has no weight {name}, of shape {show_shape(shape)}.{hint}")
             if self.folder.shape(name) != shape:
                 raise UserError(
                     f"{name} in {self.path} has the shape {show_shape(self.folder.shape(name))}; config.json means "
@@ -84,13 +83,31 @@ class HFWeights:
                 )
         known = set(self._expected(self.architecture, None))
         if self.architecture.share_embeddings_and_output_weights:
-            known.update(self.family.row_of(OUTPUT_LAYER).hf_names(OUTPUT_LAYER))
+            known.update(self._head_names())
         for name in sorted(present - known):
             if not self.family.ignores(name):
                 raise UserError(
                     f"{self.path} has the weight {name}, which a {self.family.model_type} model of its config.json "
                     f"does not.{nearest(name, known)}"
                 )
+        self._check_tied_head(present)
+
+    def _head_names(self) -> tuple[str, ...]:
+        return self.family.row_of(OUTPUT_LAYER).hf_names(OUTPUT_LAYER)
+
+    def _check_tied_head(self, present: set[str]) -> None:
+        (head,) = self._head_names()
+        if head not in present or not self.architecture.share_embeddings_and_output_weights:
+            return
+        (embedding,) = self._row(WORD_EMBEDDINGS)[1]
+        if self.folder.shape(head) == self.folder.shape(embedding):
+            rows = row_blocks(self.folder.shape(head))
+            if all(torch.equal(self.folder.read(head, block), self.folder.read(embedding, block)) for block in rows):
+                return
+        raise UserError(
+            f"{head} in {self.path} differs from {embedding}, and config.json says tie_word_embeddings true, with "
+            f"which the head is not used. Set it to false to use the head, or remove {head}."
+        )
 
     def _row(self, name: str) -> tuple[Row, tuple[str, ...]]:
         name = stored_name(name, self.architecture)

@@ -20,7 +20,7 @@ from megakd.convert.earlier_output import OutputKind
 from megakd.convert.hf_config import read_hf_config
 from megakd.convert.hf_weights import HFWeights
 from megakd.convert.output_folder import TOKENIZER_FILES, OutputFolder, write_errors_told
-from megakd.convert.source import most_used
+from megakd.convert.source import dtype_word, most_used, to_dtype
 from megakd.parameters.sharding import Block, padded_vocab_size, parameter_shapes
 from megakd.torch_dist import Piece, write_checkpoint
 from megakd.torch_dist.reading import COMMON_FILE, METADATA_FILE, TRACKER_FILE
@@ -67,6 +67,8 @@ def import_checkpoint(
     with folder, HFWeights(hf) as source:
         source.check(source.architecture)
         _check_layout(source.architecture, tp, pp, source.path)
+        if dtype is None:
+            _check_types(source)
         pieces = list(_pieces(source, 128 * tp, dtype))
         total = sum(piece.nbytes for piece in pieces)
         objects = {key: [None] for key in extra_state_keys(source.architecture)}
@@ -119,8 +121,24 @@ def _pieces(source: HFWeights, divisible_by: int, dtype: torch.dtype | None) -> 
             yield Piece(key, whole, offsets, sizes, written_as, partial(_read, source, name, block, written_as, sizes))
 
 
+def _check_types(source: HFWeights) -> None:
+    """Refuse weights that would have to change their type: a kind of weight of all layers is one tensor there."""
+    first: dict[str, tuple[str, torch.dtype]] = {}
+    for name in parameter_shapes(source.architecture, 1):
+        key, _ = stacked_key(name, source.architecture)
+        for weight, dtype in source.dtypes(name).items():
+            other, expected = first.setdefault(key, (weight, dtype))
+            if dtype is not expected:
+                raise UserError(
+                    f"{other} in {source.path} is stored as {dtype_word(expected)} and {weight} as "
+                    f"{dtype_word(dtype)}; a Megatron checkpoint holds both in one tensor ({key}). Give --dtype to "
+                    "write all weights as one type."
+                )
+
+
 def _read(source: HFWeights, name: str, block: Block, dtype: torch.dtype, sizes: tuple[int, ...]) -> Tensor:
-    return _of_its_own(source.read(name, block).to(dtype).contiguous()).view(sizes)
+    part = to_dtype(source.read(name, block), dtype, source.origin(name))
+    return _of_its_own(part.contiguous()).view(sizes)
 
 
 def _of_its_own(tensor: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from megakd.common.errors import UserError, nearest
 from megakd.config.architecture import GPTArchitecture
 from megakd.convert.checkpoint_keys import stacked_key, stacked_sizes
 from megakd.convert.hf_config import architecture_from_hf
-from megakd.convert.source import show_shape, source_name, stored_name
+from megakd.convert.source import row_blocks, show_shape, source_name, stored_name
 from megakd.parameters.sharding import OUTPUT_LAYER, WORD_EMBEDDINGS, Block, layer_of, parameter_shapes
 from megakd.torch_dist import TorchDistFolder, checkpoint_folder
 
@@ -115,6 +115,25 @@ class MegatronWeights:
                     f"{self.path} has the tensor {key}, which the model of its config.json does not."
                     f"{nearest(key, known)}"
                 )
+        self._check_tied_head()
+
+    def _check_tied_head(self) -> None:
+        if OUTPUT_LAYER not in self._keys or not self.architecture.share_embeddings_and_output_weights:
+            return
+        shape = self.folder.shape(WORD_EMBEDDINGS)
+        vocabulary = (self.architecture.vocab_size, *shape[1:])
+        if self.folder.shape(OUTPUT_LAYER)[1:] == shape[1:]:
+            sizes = [(block[0].stop - block[0].start, shape[1]) for block in row_blocks(vocabulary)]
+            starts = [(block[0].start, 0) for block in row_blocks(vocabulary)]
+            if all(
+                torch.equal(self.folder.read(OUTPUT_LAYER, at, size), self.folder.read(WORD_EMBEDDINGS, at, size))
+                for at, size in zip(starts, sizes, strict=True)
+            ):
+                return
+        raise UserError(
+            f"{OUTPUT_LAYER} in {self.path} differs from {WORD_EMBEDDINGS}, and {self.config_dir / 'config.json'} says "
+            "tie_word_embeddings true, with which the head is not used. Set it to false to use the head."
+        )
 
     def _place(self, name: str) -> tuple[str, tuple[int, ...]]:
         """See stacked_key."""

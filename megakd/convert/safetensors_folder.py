@@ -17,6 +17,8 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
+_POINTER = b"version https://git-lfs"
+
 
 class SafetensorsFolder:
     """Weights by name; a file is mapped when first asked for and only its header and the slices asked for are read.
@@ -81,15 +83,31 @@ class SafetensorsFolder:
             try:
                 handle: Any = safe_open(str(self.path / file), framework="pt", device="cpu")
             except (SafetensorError, OSError) as error:
+                if _is_pointer(self.path / file):
+                    raise UserError(
+                        f"{self.path / file} is git-lfs's note of a file that was not downloaded. Run `git lfs pull` "
+                        "in the folder."
+                    ) from error
                 raise UserError(
                     f"{self.path / file} is not a whole safetensors file ({error}). Download or save it again."
                 ) from error
-            present = set(handle.keys())
-            for name, named_file in self._file_of.items():
-                if named_file == file and name not in present:
-                    raise UserError(f"{self.path / INDEX_FILE} puts weight {name} in {file}, which does not hold it.")
+            self._check_index(file, set(handle.keys()))
             self._handles[file] = handle
         return self._handles[file]
+
+    def _check_index(self, file: str, present: set[str]) -> None:
+        """Hold a file against the index, where there is one."""
+        index = self.path / INDEX_FILE
+        for name, named_file in self._file_of.items():
+            if named_file == file and name not in present:
+                raise UserError(f"{index} puts weight {name} in {file}, which does not hold it.")
+        for name in sorted(present if self._file_of else ()):
+            if self._file_of.get(name) != file:
+                said = f"puts it in {self._file_of[name]}" if name in self._file_of else "does not list it"
+                raise UserError(
+                    f"{self.path / file} holds weight {name}, and {INDEX_FILE} {said}. Download or save the folder "
+                    "again."
+                )
 
     def _read_index(self) -> dict[str, str]:
         index = self.path / INDEX_FILE
@@ -116,3 +134,11 @@ class SafetensorsFolder:
                 "read. Convert them with transformers' save_pretrained(..., safe_serialization=True)."
             )
         return f"{self.path} has neither {SINGLE_FILE} nor {INDEX_FILE}."
+
+
+def _is_pointer(file: Path) -> bool:
+    try:
+        with file.open("rb") as stream:
+            return stream.read(len(_POINTER)) == _POINTER
+    except OSError:
+        return False

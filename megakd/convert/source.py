@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from megakd.common.errors import UserError
 from megakd.config.architecture import GPTArchitecture
 from megakd.parameters.sharding import OUTPUT_LAYER, WORD_EMBEDDINGS, Block, in_layer, layer_of
+
+# Rows of a weight that are read at a time.
+_ROWS = 1024
 
 
 class WeightSource(Protocol):
@@ -34,15 +38,24 @@ class WeightSource(Protocol):
         """What a parameter is stored as, for messages."""
 
     def check(self, architecture: GPTArchitecture, layer_map: Sequence[int] | None = None) -> None:
-        """Check that every weight of a model is there, in its shape, and no other; reads headers only.
+        """Check that every weight of a model is there, in its shape, and no other.
+
+        Headers are all that is read, but for the head that may stand beside tied embeddings: it must be equal to them.
 
         Args:
             architecture: the model to fill.
             layer_map: the source's layer for each of its layers; None for the same.
 
         Raises:
-            UserError: the first weight that is missing, misshapen, quantized or not known.
+            UserError: the first weight that is missing, misshapen, quantized or not known, or a head that is not the
+                embedding.
         """
+
+
+def row_blocks(shape: Sequence[int]) -> Iterator[Block]:
+    """A weight in blocks of some thousand rows."""
+    for start in range(0, shape[0], _ROWS):
+        yield (slice(start, min(start + _ROWS, shape[0])),)
 
 
 def stored_name(name: str, architecture: GPTArchitecture) -> str:
@@ -63,6 +76,33 @@ def most_used(nbytes: Iterable[tuple[torch.dtype, int]]) -> torch.dtype:
     for dtype, count in nbytes:
         total[dtype] += count
     return total.most_common(1)[0][0]
+
+
+def dtype_word(dtype: torch.dtype) -> str:
+    """torch's name of a type, such as bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
+def to_dtype(part: Tensor, dtype: torch.dtype, origin: str) -> Tensor:
+    """A block of a weight in another type; what is infinite or NaN stays so.
+
+    Args:
+        origin: the weight's name, for the message.
+
+    Raises:
+        UserError: a value is beyond the type's largest.
+    """
+    if part.dtype is dtype:
+        return part
+    converted = part.to(dtype)
+    if torch.finfo(dtype).max < torch.finfo(part.dtype).max and not converted.isfinite().all():
+        lost = part[part.isfinite() & ~converted.isfinite()]
+        if lost.numel():
+            raise UserError(
+                f"{origin} holds {float(lost.abs().max()):.4g}, and {dtype_word(dtype)} ends at "
+                f"{torch.finfo(dtype).max:.4g}. Use --dtype bf16 or fp32."
+            )
+    return converted
 
 
 def show_shape(shape: Sequence[int]) -> str:

@@ -4,29 +4,26 @@ from __future__ import annotations
 
 import math
 import re
-import zipfile
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, LoadPlan, Metadata
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    MetadataIndex,
-    TensorStorageMetadata,
-)
+from torch.distributed.checkpoint import Metadata
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megakd.common.errors import UserError, nearest
-from megakd.torch_dist.records import MappedFiles
+from megakd.torch_dist.records import DAMAGES, MappedFiles
 from megakd.torch_dist.unpickling import load_metadata, load_object
 
 METADATA_FILE = ".metadata"
 COMMON_FILE = "common.pt"
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
+_REMEDY = "Copy or write the checkpoint again."
 
 
 def checkpoint_folder(path: str | Path) -> Path | None:
@@ -62,14 +59,15 @@ class TorchDistFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._reader = _Reader(path)
-        self._metadata = self._reader.read_metadata()
-        self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
+        self._metadata = read_metadata(path)
         self._tensors: dict[str, TensorStorageMetadata] = {
             key: entry
             for key, entry in self._metadata.state_dict_metadata.items()
             if isinstance(entry, TensorStorageMetadata)
         }
+        for key, entry in self._tensors.items():
+            if not _makes_sense(entry):
+                raise UserError(f"{path / METADATA_FILE} speaks of {key} in a way that makes no sense. {_REMEDY}")
         self._chunks = {key: _ChunkIndex(entry.chunks) for key, entry in self._tensors.items()}
         self._files = MappedFiles(path)
 
@@ -96,33 +94,59 @@ class TorchDistFolder:
         block = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
         chunks = self._chunks[key].near(offsets, sizes)
         items = create_read_items_for_chunk_list(key, replace(entry, chunks=chunks), [block])
-        if sum(math.prod(item.lengths) for item in items) != math.prod(sizes):
-            raise UserError(f"{self.path} holds {key} in part only. Copy or write the checkpoint again.")
-        try:
-            if len(items) == 1 and (part := self._mapped(items[0])) is not None:
-                return part
-            target = torch.empty(sizes, dtype=entry.properties.dtype)
-            self._reader.read_data(LoadPlan(items), _IntoOne(target)).wait()
-        except (OSError, RuntimeError, EOFError, KeyError, AssertionError, ValueError, zipfile.BadZipFile) as error:
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise UserError(
-                f"{key} in {self.path} cannot be read ({reason}). Copy or write the checkpoint again."
-            ) from error
+        if sum(math.prod(item.lengths) for item in items) != math.prod(sizes) or _overlap(items):
+            raise UserError(f"{self.path} holds {key} in part only, or parts of it twice. {_REMEDY}")
+        shapes = {tuple(chunk.offsets): tuple(chunk.sizes) for chunk in chunks}
+        parts = [self._part(key, item, shapes) for item in items]
+        if len(parts) == 1:
+            return parts[0]
+        target = torch.empty(sizes, dtype=entry.properties.dtype)
+        for item, part in zip(items, parts, strict=True):
+            target[_slices(item.dest_offsets, item.lengths)] = part
         return target
 
-    def _mapped(self, item: ReadItem) -> Tensor | None:
-        info = self._metadata.storage_data[item.storage_index]
-        if getattr(info, "transform_descriptors", None):
-            return None
-        piece = self._files.tensor(info.relative_path, info.offset, info.length)
-        if piece is None:
-            return None
-        return piece[tuple(slice(o, o + n) for o, n in zip(item.storage_offsets, item.lengths, strict=True))]
+    def _part(self, key: str, item: ReadItem, shapes: Mapping[tuple[int, ...], tuple[int, ...]]) -> Tensor:
+        """What an item asks for, over the file's own bytes where that can be."""
+        try:
+            info = self._metadata.storage_data[item.storage_index]
+            piece = self._files.tensor(info.relative_path, info.offset, info.length)
+        except DAMAGES as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise UserError(f"{key} in {self.path} cannot be read ({reason}). {_REMEDY}") from error
+        assert item.storage_index.offset is not None
+        dtype, shape = self.dtype(key), shapes[tuple(item.storage_index.offset)]
+        if piece.dtype is not dtype or tuple(piece.shape) != shape:
+            raise UserError(
+                f"{info.relative_path} in {self.path} holds {piece.dtype} {list(piece.shape)} in the place of a piece "
+                f"of {key}, {dtype} {list(shape)}. {_REMEDY}"
+            )
+        return piece[_slices(item.storage_offsets, item.lengths)]
 
     def _entry(self, key: str) -> TensorStorageMetadata:
         if key not in self._tensors:
             raise UserError(f"{self.path} has no tensor {key}.{nearest(key, self._tensors)}")
         return self._tensors[key]
+
+
+def read_metadata(path: Path) -> Metadata:
+    """A checkpoint's metadata; what is unpickled runs no code and names files of its own folder only.
+
+    Raises:
+        UserError: it is missing, damaged, or asks for more.
+    """
+    file = path / METADATA_FILE
+    try:
+        with file.open("rb") as stream:
+            metadata = load_metadata(stream, file)
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror}). {_REMEDY}") from error
+    for info in metadata.storage_data.values():
+        name = info.relative_path
+        if Path(name).name != name or name in ("", "..") or "\0" in name:
+            raise UserError(f"{file} names {name!r}, which is not a file of its folder.")
+        if info.transform_descriptors:
+            raise UserError(f"{file} says that {name} is compressed, which is not supported. Save it as it is.")
+    return metadata
 
 
 def check_pickles(path: Path) -> None:
@@ -133,7 +157,7 @@ def check_pickles(path: Path) -> None:
     Raises:
         UserError: one does, or is damaged.
     """
-    metadata = _Reader(path).read_metadata()
+    metadata = read_metadata(path)
     for index, info in metadata.storage_data.items():
         if not isinstance(metadata.state_dict_metadata.get(index.fqn), TensorStorageMetadata):
             load_object(_stored(path / info.relative_path, info.offset, info.length), path / info.relative_path)
@@ -147,25 +171,32 @@ def _stored(file: Path, offset: int, length: int) -> bytes:
             stream.seek(offset)
             return stream.read(min(length, file.stat().st_size))
     except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror}). Copy or write the checkpoint again.") from error
+        raise UserError(f"{file} cannot be read ({error.strerror}). {_REMEDY}") from error
 
 
-class _Reader(FileSystemReader):
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """As FileSystemReader's, but what is unpickled runs no code and names files of its own folder only."""
-        file = Path(self.path) / METADATA_FILE
-        try:
-            with file.open("rb") as stream:
-                metadata = load_metadata(stream, file)
-        except OSError as error:
-            raise UserError(f"{file} cannot be read ({error.strerror}). Copy or write the checkpoint again.") from error
-        for info in metadata.storage_data.values():
-            name = info.relative_path
-            if Path(name).name != name or name in ("", "..") or "\0" in name:
-                raise UserError(f"{file} names {name!r}, which is not a file of its folder.")
-            if info.transform_descriptors:
-                raise UserError(f"{file} says that {name} is compressed, which is not supported. Save it as it is.")
-        return metadata
+def _makes_sense(entry: TensorStorageMetadata) -> bool:
+    """Whether every chunk lies in its tensor; whether they cover a block is seen when it is read."""
+    return bool(entry.chunks) and all(
+        len(chunk.offsets) == len(chunk.sizes) == len(entry.size)
+        and all(
+            o >= 0 and n >= 0 and o + n <= whole
+            for o, n, whole in zip(chunk.offsets, chunk.sizes, entry.size, strict=True)
+        )
+        for chunk in entry.chunks
+    )
+
+
+def _overlap(items: Sequence[ReadItem]) -> bool:
+    """Whether two items fill the same place."""
+    bounds = [[(o, o + n) for o, n in zip(item.dest_offsets, item.lengths, strict=True)] for item in items]
+    return any(
+        all(a[0] < b[1] and b[0] < a[1] for a, b in zip(one, other, strict=True))
+        for one, other in combinations(bounds, 2)
+    )
+
+
+def _slices(offsets: Sequence[int], lengths: Sequence[int]) -> tuple[slice, ...]:
+    return tuple(slice(o, o + n) for o, n in zip(offsets, lengths, strict=True))
 
 
 class _ChunkIndex:
@@ -184,13 +215,3 @@ class _ChunkIndex:
         if any(size != 1 for size in sizes[: self._lead]):
             return self._all
         return self._by_place.get(tuple(offsets[: self._lead]), [])
-
-
-class _IntoOne(DefaultLoadPlanner):
-    def __init__(self, target: Tensor) -> None:
-        super().__init__()
-        self._target = target
-
-    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
-        """The one tensor that is filled."""
-        return self._target

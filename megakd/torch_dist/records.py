@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import mmap
+import pickle
+import struct
 import sys
 import zipfile
 from pathlib import Path
@@ -12,6 +14,11 @@ import torch
 from torch import Tensor
 
 _LOCAL_HEADER_BYTES = 30
+DAMAGES = (
+    OSError, RuntimeError, EOFError, LookupError, AssertionError, ValueError, TypeError, AttributeError,
+    pickle.UnpicklingError, struct.error, zipfile.BadZipFile,
+)  # fmt: skip
+"""What a damaged file makes zipfile and torch raise."""
 
 
 class MappedFiles:
@@ -21,27 +28,31 @@ class MappedFiles:
         self._folder = folder
         self._maps: dict[str, mmap.mmap] = {}
 
-    def tensor(self, file: str, offset: int, length: int) -> Tensor | None:
-        """The tensor that torch.save wrote at `offset`, over the file's own bytes; None where it must be loaded.
+    def tensor(self, file: str, offset: int, length: int) -> Tensor:
+        """The tensor that torch.save wrote at `offset`, over the file's own bytes where they lie as in memory.
 
-        What is written into it stays in memory. Raises what a damaged file makes zipfile and torch raise.
+        What is written into it stays in memory.
+
+        Raises:
+            DAMAGES: the file is missing or damaged, or holds something else there.
         """
         mapped = self._map(file)
-        record = io.BufferedReader(_Part(memoryview(mapped)[offset : offset + length]))
+        if offset + length > len(mapped):
+            raise ValueError(f"{file} ends before it")
+        memory = memoryview(mapped)[offset : offset + length]
         # Sizes and strides, without the bytes.
-        shape = torch.load(record, map_location="meta", weights_only=True)
-        if not isinstance(shape, Tensor) or not shape.is_contiguous() or shape.storage_offset() or not shape.numel():
-            return None
-        with zipfile.ZipFile(record) as archive:
-            root = archive.namelist()[0].split("/")[0]
-            order, data = (archive.getinfo(f"{root}/{name}") for name in ("byteorder", "data/0"))
-        start = _first_byte(mapped, offset, order)
-        written_alike = mapped[start : start + order.file_size].decode() == sys.byteorder
-        whole = data.compress_type == zipfile.ZIP_STORED and data.file_size == shape.nbytes
-        start = _first_byte(mapped, offset, data)
-        if not written_alike or not whole or start + shape.nbytes > offset + length:
-            return None
-        return torch.frombuffer(mapped, dtype=shape.dtype, count=shape.numel(), offset=start).view(shape.shape)
+        shape = _load(memory, "meta")
+        if shape.is_contiguous() and not shape.storage_offset() and shape.numel():
+            with zipfile.ZipFile(_Part(memory)) as archive:
+                root = archive.namelist()[0].split("/")[0]
+                order, data = (archive.getinfo(f"{root}/{name}") for name in ("byteorder", "data/0"))
+            start = _first_byte(mapped, offset, order)
+            written_alike = mapped[start : start + order.file_size].decode() == sys.byteorder
+            whole = data.compress_type == zipfile.ZIP_STORED and data.file_size == shape.nbytes
+            start = _first_byte(mapped, offset, data)
+            if written_alike and whole and start + shape.nbytes <= offset + length:
+                return torch.frombuffer(mapped, dtype=shape.dtype, count=shape.numel(), offset=start).view(shape.shape)
+        return _load(memory, "cpu")
 
     def _map(self, file: str) -> mmap.mmap:
         if file not in self._maps:
@@ -49,6 +60,13 @@ class MappedFiles:
                 # Copied on write, since torch wants memory that can be written.
                 self._maps[file] = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
         return self._maps[file]
+
+
+def _load(memory: memoryview, device: str) -> Tensor:
+    value = torch.load(io.BufferedReader(_Part(memory)), map_location=device, weights_only=True)
+    if not isinstance(value, Tensor):
+        raise ValueError(f"it is a {type(value).__name__}, not a tensor")
+    return value
 
 
 def _first_byte(mapped: mmap.mmap, offset: int, entry: zipfile.ZipInfo) -> int:

@@ -149,7 +149,10 @@ def load_metadata(file: IO[bytes], path: Path) -> Metadata:
         entries = {_text(key): _entry(entry) for key, entry in _plain(fields["state_dict_metadata"]).items()}
         storage = {_index(index): _info(info) for index, info in _plain(fields["storage_data"]).items()}
     except (TypeError, KeyError, IndexError, AttributeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path} is not the metadata of a torch_dist checkpoint ({_first_line(error)}).") from error
+        raise UserError(
+            f"{path} is not the metadata of a torch_dist checkpoint ({_first_line(error)}). Copy or write the "
+            "checkpoint again."
+        ) from error
     return Metadata(entries, storage_data=storage)
 
 

@@ -109,3 +109,49 @@ def test_unknown_weight_names_the_nearest(sharded: Path) -> None:
         pytest.raises(UserError, match=r"has no weight lm_head.weigth. Did you mean 'lm_head.weight'\?"),
     ):
         folder.read("lm_head.weigth")
+
+
+def test_a_weight_that_the_index_does_not_list(sharded: Path) -> None:
+    save_file({"b": B.bfloat16(), "extra": A}, sharded / "model-00002-of-00002.safetensors")
+    with pytest.raises(UserError, match="00002.safetensors holds weight extra, and .*index.json does not list it"):
+        read_all(sharded)
+
+
+def test_a_weight_in_two_shards(sharded: Path) -> None:
+    save_file({"b": B.bfloat16(), "a": A + 1}, sharded / "model-00002-of-00002.safetensors")
+    with pytest.raises(UserError, match="holds weight a, and .* puts it in model-00001-of-00002.safetensors"):
+        read_all(sharded)
+
+
+def test_a_git_lfs_pointer(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2\nsize 12345\n")
+    with pytest.raises(UserError, match=r"model.safetensors is git-lfs's note of a file .* Run `git lfs pull`"):
+        read_all(tmp_path)
+
+
+def header(entries: dict[str, object], data: bytes = b"\0" * 16) -> bytes:
+    text = json.dumps(entries).encode()
+    return len(text).to_bytes(8, "little") + text + data
+
+
+WEIGHT = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        (1 << 40).to_bytes(8, "little") + b"{}",
+        header({"a": WEIGHT, "b": WEIGHT | {"data_offsets": [4, 12]}}),
+        header({"a": WEIGHT | {"shape": [3]}}),
+        header({"a": WEIGHT | {"data_offsets": [0, 800], "shape": [200]}}),
+        header({"a": WEIGHT, "b": WEIGHT | {"data_offsets": [8, 16]}}, b"\0" * 8),
+        (5).to_bytes(8, "little") + b"[1,2]",
+    ],
+    ids=["huge header", "overlap", "shape", "beyond the end", "cut", "no object"],
+)
+def test_a_header_that_contradicts_the_file(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match="is not a whole safetensors file") as caught:
+        read_all(tmp_path)
+    assert "\n" not in str(caught.value)

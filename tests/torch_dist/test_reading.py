@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import pickle
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -50,7 +54,7 @@ def test_a_block_of_one_piece_is_not_copied(tmp_path: Path) -> None:
     assert other.data_ptr() == one.data_ptr() + 2 * 6 * 4
     spread = folder.read("layers.weight", (1, 2, 0), (1, 4, 6))
     one.fill_(7.0)
-    assert not (folder.read("layers.weight", (1, 2, 0), (1, 4, 6)) == 7.0).any(), "the file was written to"
+    assert not (spread == 7.0).any(), "what is put together is a copy"
     assert torch.equal(spread, TorchDistFolder(tmp_path).read("layers.weight", (1, 2, 0), (1, 4, 6)))
 
 
@@ -65,7 +69,7 @@ def test_what_torch_wrote_itself(tmp_path: Path) -> None:
         assert torch.equal(folder.read(key, (0,) * len(shape), shape), value), key
 
 
-def test_records_in_another_form_are_left_to_torch(tmp_path: Path) -> None:
+def test_records_in_another_form_are_copied(tmp_path: Path) -> None:
     with (tmp_path / "file").open("wb") as file:
         places = []
         for value in (torch.randn(3, 4), torch.randn(4, 4).t(), torch.randn(5, 4)[1:], {"not": "a tensor"}):
@@ -73,9 +77,10 @@ def test_records_in_another_form_are_left_to_torch(tmp_path: Path) -> None:
             torch.save(value, file)
             places.append((value, start, file.tell() - start))
     files = MappedFiles(tmp_path)
-    found = [files.tensor("file", start, length) for _, start, length in places]
-    assert found[0] is not None and torch.equal(found[0], places[0][0])
-    assert found[1:] == [None, None, None]
+    for value, start, length in places[:3]:
+        assert torch.equal(files.tensor("file", start, length), value)
+    with pytest.raises(ValueError, match="it is a dict, not a tensor"):
+        files.tensor("file", *places[3][1:])
 
 
 @pytest.mark.parametrize("kept", [0, 100, 700])
@@ -85,3 +90,82 @@ def test_a_cut_file_is_told(tmp_path: Path, kept: int) -> None:
     file.write_bytes(file.read_bytes()[:kept])
     with pytest.raises(UserError, match=r"layers\.weight in .* cannot be read .*Copy or write the checkpoint again"):
         folder.read("layers.weight", (0, 0, 0), (1, 4, 100))
+
+
+KEY = "layers.weight"
+
+
+def places(metadata: Any, key: str) -> list[Any]:
+    return [index for index in metadata.storage_data if index.fqn == key]
+
+
+def point(metadata: Any, target: str) -> None:
+    """Let the first piece of the tensor stand where another key's is."""
+    metadata.storage_data[places(metadata, KEY)[0]] = metadata.storage_data[places(metadata, target)[0]]
+
+
+def change_info(metadata: Any, **changes: Any) -> None:
+    index = places(metadata, KEY)[0]
+    metadata.storage_data[index] = dataclasses.replace(metadata.storage_data[index], **changes)
+
+
+def change_chunk(metadata: Any, **changes: Any) -> None:
+    chunks = metadata.state_dict_metadata[KEY].chunks
+    chunks[0] = dataclasses.replace(chunks[0], **changes)
+
+
+def set_chunks(metadata: Any, change: Callable[[list[Any]], list[Any]]) -> None:
+    entry = metadata.state_dict_metadata[KEY]
+    entry.chunks = change(entry.chunks)
+
+
+DAMAGE: dict[str, Callable[[Any], object]] = {
+    "a smaller tensor there": lambda m: point(m, "small"),
+    "a larger tensor there": lambda m: point(m, "large"),
+    "another type there": lambda m: point(m, "integers"),
+    "an object there": lambda m: point(m, "object"),
+    "another type in the metadata": lambda m: setattr(m.state_dict_metadata[KEY].properties, "dtype", torch.int32),
+    "no type": lambda m: setattr(m.state_dict_metadata[KEY].properties, "dtype", "float32"),
+    "no chunks": lambda m: set_chunks(m, lambda chunks: []),
+    "a chunk missing": lambda m: set_chunks(m, lambda chunks: chunks[1:]),
+    "a chunk twice": lambda m: set_chunks(m, lambda chunks: [chunks[0], *chunks]),
+    "a chunk twice in another's place": lambda m: set_chunks(m, lambda chunks: [chunks[0], chunks[0], *chunks[2:]]),
+    "a chunk before the start": lambda m: change_chunk(m, offsets=torch.Size([0, -1, 0])),
+    "a chunk beyond the end": lambda m: change_chunk(m, offsets=torch.Size([0, 7, 0])),
+    "a chunk of other dimensions": lambda m: change_chunk(m, sizes=torch.Size([4, 6])),
+    "a size in words": lambda m: change_chunk(m, sizes=("one", 4, 6)),
+    "no storage": lambda m: m.storage_data.clear(),
+    "an offset beyond the file": lambda m: change_info(m, offset=10**9),
+    "a negative offset": lambda m: change_info(m, offset=-1),
+    "a length beyond the file": lambda m: change_info(m, length=10**9),
+    "a length in words": lambda m: change_info(m, length="all"),
+    "an offset inside a record": lambda m: change_info(m, offset=17),
+    "a file that is not there": lambda m: change_info(m, relative_path="__1_0.distcp"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damaged_metadata_is_told_and_never_misread(tmp_path: Path, name: str) -> None:
+    full = torch.randn(2, 8, 6)
+    pieces = [
+        Piece(KEY, (2, 8, 6), (layer, start, 0), (1, 4, 6), full.dtype,
+              lambda layer=layer, start=start: full[layer : layer + 1, start : start + 4].clone())
+        for layer in range(2) for start in (0, 4)
+    ]  # fmt: skip
+    for key, other in {
+        "small": torch.randn(1, 3, 6), "large": torch.randn(2, 4, 6), "integers": torch.ones(1, 4, 6, dtype=torch.int32)
+    }.items():  # fmt: skip
+        pieces.append(
+            Piece(key, tuple(other.shape), (0, 0, 0), tuple(other.shape), other.dtype, lambda other=other: other)
+        )
+    write_checkpoint(tmp_path, pieces, {"object": [None]}, {}, lambda count: None)
+    file = tmp_path / ".metadata"
+    metadata = pickle.loads(file.read_bytes())
+    DAMAGE[name](metadata)
+    file.write_bytes(pickle.dumps(metadata))
+    with pytest.raises(UserError) as caught:
+        folder = TorchDistFolder(tmp_path)
+        for offsets, sizes in (((0, 0, 0), (2, 8, 6)), ((0, 0, 0), (1, 4, 6))):
+            assert not torch.equal(folder.read(KEY, offsets, sizes), full[: sizes[0], : sizes[1]]), "nothing changed"
+    assert "\n" not in str(caught.value)
+    assert "Copy or write the checkpoint again" in str(caught.value)
