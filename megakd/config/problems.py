@@ -6,7 +6,7 @@ import difflib
 import math
 import types
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Union, get_args, get_origin
+from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
@@ -95,7 +95,7 @@ def _purpose(field: FieldInfo | None) -> str:
 
 def _what_to_write(field: FieldInfo | None) -> str:
     section = _section(field)
-    if section is not None:
+    if section is not None and not (field is not None and field.description):
         keys = [name for name, f in section.model_fields.items() if f.is_required()] or _keys(section)
         return f"Add it, with {_names(keys)}."
     return f"Set it.{_purpose(field)}"
@@ -129,25 +129,33 @@ def _leaves(section: type[BaseModel], prefix: tuple[str, ...]) -> Iterator[tuple
 
 
 def _find(location: Sequence[int | str], root: type[BaseModel]) -> FieldInfo | None:
-    """The field at a path; None for an entry of a list."""
+    """The field at a path; None for an entry of a list of plain values."""
     section: type[BaseModel] | None = root
     field = None
     for part in location:
-        if section is None or not isinstance(part, str):
+        if section is None:
             return None
-        field = section.model_fields[part]
+        if isinstance(part, str):
+            field = section.model_fields[part]
+        else:
+            # An entry of a list of sections is described by what the list holds.
+            field = FieldInfo(annotation=section)
         section = _section(field)
     return field
 
 
 def _section(field: FieldInfo | None) -> type[BaseModel] | None:
-    """The model that a field holds, also where it may be null."""
-    if field is None:
-        return None
-    annotation = field.annotation
-    choices = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
-    models = [choice for choice in choices if isinstance(choice, type) and issubclass(choice, BaseModel)]
-    return models[0] if models else None
+    """The model that a field holds, also where it may be null or is a list of them."""
+    return None if field is None else section_of(field.annotation)
+
+
+def section_of(annotation: object) -> type[BaseModel] | None:
+    """The model in a field's type: itself, or one that may be null, or what a list holds."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if get_origin(annotation) in (Union, types.UnionType, list, Annotated):
+        return next((model for model in map(section_of, get_args(annotation)) if model is not None), None)
+    return None
 
 
 def _keys(section: type[BaseModel]) -> list[str]:
@@ -167,5 +175,7 @@ def _join(location: Sequence[int | str]) -> str:
 
 def _value_at(location: Sequence[int | str], values: Any) -> object:
     for part in location:
+        if isinstance(part, int) and not isinstance(values, list | tuple):
+            continue  # one entry may stand for a list of it
         values = getattr(values, str(part)) if isinstance(values, BaseModel) else values[part]
     return values

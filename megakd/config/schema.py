@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from megakd.config.architecture import GPTArchitecture
 
@@ -98,15 +99,65 @@ class DistillSection(Section):
     )
 
 
-class DataSection(Section):
-    """Token files written by tools/preprocess_data.py and how they are cut."""
+class DataSource(Section):
+    """A data set, alone or in a blend."""
 
-    train: str = Field(description="Path of the .bin/.idx pair without its ending.")
-    valid: str | None = Field(default=None, description="Held-out pair; or give `valid_fraction`.")
-    valid_fraction: float | None = Field(
-        default=None, gt=0, lt=1, description="Share of the training file's samples, from its end, that is held out."
+    path: str = Field(description="Path of a .bin/.idx pair without its ending.")
+    weight: float | None = Field(
+        default=None, gt=0, description="Its share of the samples, in proportion to the other data sets' weights."
     )
-    sequence_length: int = Field(gt=0, description="Tokens per sample.")
+    epochs: float | None = Field(
+        default=None, gt=0, description="How often an epoch of the blend goes through it; 1 where no weights are given."
+    )
+
+
+def _as_sources(value: object) -> object:
+    """A path, or a list of paths and sections, as a list of sections."""
+    entries = value if isinstance(value, list | tuple) else [value]
+    for entry in entries:
+        if not isinstance(entry, str | Mapping | DataSource):
+            raise ValueError(f"{entry!r} is not a path, nor a section with path and weight or epochs")
+    return [{"path": entry} if isinstance(entry, str) else entry for entry in entries]
+
+
+DataSources = Annotated[
+    list[DataSource],
+    Field(min_length=1),
+    BeforeValidator(_as_sources, json_schema_input_type=str | list[str | DataSource]),
+]
+
+
+class DataSection(Section):
+    """Token files written by tools/preprocess_data.py and how they are cut into samples."""
+
+    train: DataSources = Field(description="Path of a .bin/.idx pair without its ending, or a list to blend.")
+    valid: DataSources | None = Field(default=None, description="Held-out pairs; or give `valid_fraction`.")
+    test: DataSources | None = Field(
+        default=None, description="Held-out pairs for evaluation.split test; or give `test_fraction`."
+    )
+    valid_fraction: float | None = Field(
+        default=None, gt=0, lt=1, description="Share of each training data set, near its end, that is held out."
+    )
+    test_fraction: float | None = Field(
+        default=None, gt=0, lt=1, description="Share of each training data set, at its end, that is held out for test."
+    )
+    sequence_length: int = Field(gt=0, description="Positions of a sample.")
+    reset_position_ids: bool = Field(
+        default=False, description="Text: positions begin again at 0 with each document of a sample."
+    )
+    reset_attention_mask: bool = Field(default=False, description="Text: tokens attend to their own document alone.")
+    eod_mask_loss: bool = Field(
+        default=False, description="Text: a document's first token is not learnt from the end of the one before."
+    )
+    loss_on: Literal["assistant", "response", "all"] = Field(
+        default="assistant", description="Examples: which tokens count: all assistant turns, the last one, or all."
+    )
+    truncation: Literal["drop", "keep_start", "keep_end"] = Field(
+        default="drop", description="Examples: what becomes of those that are too long for a sample."
+    )
+    packing: bool = Field(
+        default=False, description="Examples: several to a sample, each attending to itself alone, positions from 0."
+    )
     micro_batch_size: int = Field(default=1, gt=0, description="Samples per forward pass and rank.")
     global_batch_size: int = Field(gt=0, description="Samples per optimizer step over all ranks.")
 
@@ -159,7 +210,8 @@ class EvaluationSection(Section):
     interval: int | None = Field(default=None, gt=0, description="Steps between evaluations.")
     at_start: bool = Field(default=False, description="Evaluate before the first step.")
     at_end: bool = Field(default=False, description="Evaluate after the last step.")
-    max_tokens: int | None = Field(default=None, gt=0, description="Held-out tokens used; all where not given.")
+    max_tokens: int | None = Field(default=None, gt=0, description="Held-out positions read; all where not given.")
+    split: Literal["valid", "test"] = Field(default="valid", description="Which held-out data is measured.")
 
 
 class Config(Section):

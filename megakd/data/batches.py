@@ -10,23 +10,34 @@ import torch
 from numpy.typing import NDArray
 
 from megakd.common.errors import UserError
-from megakd.data.samples import SampleOrder, TokenSamples
+from megakd.data.order import SampleOrder
+from megakd.data.samples import Samples
 
 Batch = dict[str, torch.Tensor]
 
 
-def collate(samples: TokenSamples, ids: Sequence[int] | NDArray[np.int64], device: torch.device | str = "cpu") -> Batch:
-    """Stack samples: tokens, labels, position_ids int64 and loss_mask float32 [b, s], sample_ids int64 [b]."""
+def collate(samples: Samples, ids: Sequence[int] | NDArray[np.int64], device: torch.device | str = "cpu") -> Batch:
+    """Put samples together as a microbatch.
+
+    Returns:
+        tokens, labels, position_ids int64 and loss_mask float32 [b, s]; sample_ids int64 [b]. Where attention may end
+        inside a sample they are [1, b * s], with cu_seqlens int32 [segments + 1], where each segment begins and the
+        last one ends, and max_seqlen int64 [], the longest one's length, which stays in main memory.
+    """
     sample_ids = np.array(ids, dtype=np.int64)
-    stacked = torch.from_numpy(np.stack([samples.tokens(int(i)) for i in sample_ids]))
-    tokens = stacked[:, :-1].contiguous()
+    read = [samples.sample(int(i)) for i in sample_ids]
     batch = {
-        "tokens": tokens,
-        "labels": stacked[:, 1:].contiguous(),
-        "loss_mask": torch.ones(tokens.shape, dtype=torch.float32),
-        "position_ids": torch.arange(tokens.shape[1]).expand(tokens.shape).contiguous(),
-        "sample_ids": torch.from_numpy(sample_ids),
+        "tokens": torch.from_numpy(np.stack([sample.tokens for sample in read])),
+        "labels": torch.from_numpy(np.stack([sample.labels for sample in read])),
+        "loss_mask": torch.from_numpy(np.stack([sample.loss_mask for sample in read])),
+        "position_ids": torch.from_numpy(np.stack([sample.position_ids for sample in read])),
     }
+    if samples.has_segments:
+        batch = {name: tensor.reshape(1, -1) for name, tensor in batch.items()}
+        segments = torch.tensor([segment for sample in read for segment in sample.segments])
+        batch["cu_seqlens"] = torch.nn.functional.pad(segments.cumsum(0), (1, 0)).to(torch.int32)
+        batch["max_seqlen"] = segments.max()
+    batch["sample_ids"] = torch.from_numpy(sample_ids)
     return _move(batch, device)
 
 
@@ -53,7 +64,7 @@ class TrainBatches:
 
     def __init__(
         self,
-        samples: TokenSamples,
+        samples: Samples,
         order: SampleOrder,
         *,
         micro_batch_size: int,
@@ -62,7 +73,6 @@ class TrainBatches:
         data_parallel_size: int,
         device: torch.device | str = "cpu",
     ) -> None:
-        assert order.num_samples == samples.num_samples, "the order is over these samples"
         assert 0 <= data_parallel_rank < data_parallel_size, (data_parallel_rank, data_parallel_size)
         self.num_microbatches = count_microbatches(global_batch_size, micro_batch_size, data_parallel_size)
         self._samples = samples
@@ -95,22 +105,23 @@ class TrainBatches:
         self._ahead = {}
 
     def _read(self, step: int) -> list[Batch]:
-        ids = self._samples.first + self._order.sample_ids(step * self._global_batch_size, self._global_batch_size)
+        ids = self._order.sample_ids(step * self._global_batch_size, self._global_batch_size)
         mine = ids.reshape(self.num_microbatches, self._ranks, self._micro_batch_size)[:, self._rank]
         return [collate(self._samples, row) for row in mine]
 
 
 class EvaluationBatches:
-    """Held-out samples in file order, every token counted exactly once over the data-parallel ranks.
+    """Held-out samples in the order given, every position read exactly once over the data-parallel ranks.
 
     Each rank iterates over the same number of microbatches of the same shape. Where the samples run out, the last
-    one fills up with loss_mask 0 (its sample_ids stay true). `max_tokens` stops the count there, by the mask.
-    `num_tokens` is the number of tokens counted, over all ranks.
+    one fills up with loss_mask 0 (its sample_ids stay true). `max_tokens` stops after that many positions, by the
+    mask. `num_tokens` is the number of positions read, over all ranks; those that a sample masks count for nothing.
     """
 
     def __init__(
         self,
-        samples: TokenSamples,
+        samples: Samples,
+        ids: NDArray[np.int64],
         *,
         micro_batch_size: int,
         data_parallel_rank: int,
@@ -120,11 +131,12 @@ class EvaluationBatches:
     ) -> None:
         assert 0 <= data_parallel_rank < data_parallel_size, (data_parallel_rank, data_parallel_size)
         length = samples.sequence_length
-        available = samples.num_samples * length
+        available = len(ids) * length
         self.num_tokens = available if max_tokens is None else min(max_tokens, available)
         self.num_samples = -(-self.num_tokens // length)
         self.num_microbatches = -(-self.num_samples // (micro_batch_size * data_parallel_size))
         self._samples = samples
+        self._ids = ids
         self._micro_batch_size = micro_batch_size
         self._rank = data_parallel_rank
         self._ranks = data_parallel_size
@@ -138,11 +150,11 @@ class EvaluationBatches:
         for m in range(self.num_microbatches):
             start = (m * self._ranks + self._rank) * self._micro_batch_size
             places = np.arange(start, start + self._micro_batch_size, dtype=np.int64)
-            batch = collate(self._samples, self._samples.first + np.minimum(places, self.num_samples - 1))
+            batch = collate(self._samples, self._ids[np.minimum(places, self.num_samples - 1)])
             token_places = torch.from_numpy(places)[:, None] * length + torch.arange(length)  # [b, s]
-            batch["loss_mask"] = (token_places < self.num_tokens).to(torch.float32)
+            batch["loss_mask"] *= (token_places < self.num_tokens).view(batch["loss_mask"].shape)
             yield _move(batch, self._device)
 
 
 def _move(batch: Batch, device: torch.device | str) -> Batch:
-    return {name: tensor.to(device) for name, tensor in batch.items()}
+    return {name: tensor if name == "max_seqlen" else tensor.to(device) for name, tensor in batch.items()}

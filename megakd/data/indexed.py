@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import struct
+from bisect import bisect_left
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,9 @@ from megakd.common.errors import UserError
 _MAGIC = b"MMIDIDX\x00\x00"
 _VERSION = 1
 _HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, entries of the document index
+MASK_ENDING = ".mask"
+"""Of the pair beside a pair of examples: one uint8 per token."""
+
 _REWRITE = "Write the pair again with tools/preprocess_data.py."
 
 
@@ -54,6 +59,7 @@ class TokenStream:
         self._dtype: Any = self._dataset.index.dtype
         self._itemsize = int(np.dtype(self._dtype).itemsize)
         self.num_documents = len(self._dataset.document_indices) - 1
+        self._starts = _DocumentStarts(self._dataset, self._itemsize)
         self.num_tokens = self._end() // self._itemsize
         size = Path(f"{self.prefix}.bin").stat().st_size
         if size != self._end():
@@ -70,6 +76,21 @@ class TokenStream:
         # Documents lie one after another in the file, so a slice of the stream is a slice of the file.
         tokens = self._dataset.bin_reader.read(self._dtype, stop - start, start * self._itemsize)
         return np.array(tokens, dtype=np.int64)
+
+    def document_starts(self, start: int, stop: int) -> NDArray[np.int64]:
+        """Where documents begin among the tokens start..stop, in ascending order."""
+        first, last = (bisect_left(self._starts, place) for place in (start, stop))
+        # Documents without tokens begin where the next one does.
+        return np.unique(np.array([self._starts[i] for i in range(first, last)], dtype=np.int64))
+
+    def document_lengths(self) -> NDArray[np.int64]:
+        """Tokens of each document, [documents]."""
+        lengths = np.array(self._dataset.index.sequence_lengths, dtype=np.int64)
+        documents = np.array(self._dataset.document_indices, dtype=np.int64)
+        if len(documents) == len(lengths) + 1:
+            return lengths
+        ends = np.concatenate([[0], np.cumsum(lengths)])
+        return np.diff(ends[documents])
 
     def _end(self) -> int:
         index = self._dataset.index
@@ -101,3 +122,17 @@ class TokenStream:
         if dot and ending in ("bin", "idx", "json") and Path(f"{stem}.idx").is_file():
             return f"Give the path without its ending: {stem}."
         return "Write the pair with tools/preprocess_data.py --output-prefix PREFIX, and give that PREFIX."
+
+
+class _DocumentStarts(Sequence[int]):
+    """First token of each document, looked up in the mapped index, which need not fit in memory."""
+
+    def __init__(self, dataset: Any, itemsize: int) -> None:
+        self._documents, self._pointers = dataset.document_indices, dataset.index.sequence_pointers
+        self._itemsize = itemsize
+
+    def __len__(self) -> int:
+        return len(self._documents) - 1
+
+    def __getitem__(self, index: Any) -> Any:
+        return int(self._pointers[int(self._documents[index])]) // self._itemsize

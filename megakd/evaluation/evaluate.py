@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megakd.losses import DenseSignal, token_statistics
+from megakd.models.microbatch import run_stage
 from megakd.parallel.mesh import ModelMesh
 from megakd.parallel.pipeline import run_pipeline
 from megakd.teacher.protocol import Teacher
@@ -63,7 +64,6 @@ def evaluate(
 
     def forward_step(pairs: Iterator[_Pair], stage: torch.nn.Module) -> tuple[Any, Callable[..., Tensor]]:
         batch, signal = next(pairs)
-        output = stage(batch["tokens"], batch["position_ids"], None)
 
         def measure(hidden_and_head: tuple[Tensor, Tensor], non_loss_data: bool) -> Tensor:
             hidden, head = hidden_and_head
@@ -79,7 +79,7 @@ def evaluate(
             counted = weights != 0
             return torch.stack([column[counted].double().sum() for column in columns])
 
-        return output, measure
+        return run_stage(stage, batch), measure
 
     for batches in _windows(microbatches, window):
         signals = teacher.signals(batches) if teacher is not None else [None] * len(batches)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from itertools import pairwise
 
 import torch
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -24,7 +25,7 @@ class ScaledDotProductAttention(torch.nn.Module):
     """Causal attention within each sequence of the batch, grouped queries and sliding windows included.
 
     Raises:
-        ValueError: a mask, a bias or packing that only other cores of attention handle.
+        ValueError: a mask or a bias, which only other cores of attention handle.
     """
 
     def __init__(
@@ -54,19 +55,28 @@ class ScaledDotProductAttention(torch.nn.Module):
         attention_mask: Tensor | None,
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: Tensor | None = None,
-        packed_seq_params: Any = None,
+        packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
         """Attend.
 
         Args:
-            query: [s, b, heads/tp, d].
-            key, value: [s, b, groups/tp, d].
+            query: [s, b, heads/tp, d], or [t, heads/tp, d] where sequences are packed.
+            key, value: [s, b, groups/tp, d], or [t, groups/tp, d].
+            packed_seq_params: `cu_seqlens_q` says where each packed sequence begins and the last one ends.
 
         Returns:
-            [s, b, heads/tp * d].
+            [s, b, heads/tp * d], or [t, heads/tp, d].
         """
-        if attention_mask is not None or attention_bias is not None or packed_seq_params is not None:
-            raise ValueError("the local attention takes no mask, bias or packing")
+        if attention_mask is not None or attention_bias is not None:
+            raise ValueError("the local attention takes no mask and no bias")
+        if packed_seq_params is None:
+            return self._attend(query, key, value)
+        ends: list[int] = packed_seq_params.cu_seqlens_q.tolist()
+        lengths = [stop - start for start, stop in pairwise(ends)]
+        parts = zip(*(x.unsqueeze(1).split(lengths) for x in (query, key, value)), strict=True)
+        return torch.cat([self._attend(*part) for part in parts]).view_as(query)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         mask = None if self.window is None else _band(len(query), self.window, query.device)
         out = torch.nn.functional.scaled_dot_product_attention(

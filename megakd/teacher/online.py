@@ -12,6 +12,7 @@ from megakd.config.architecture import GPTArchitecture
 from megakd.convert import load_head, load_weights
 from megakd.losses import DenseSignal
 from megakd.models.gpt import HiddenStateGPT, build_gpt
+from megakd.models.microbatch import run_stage
 from megakd.models.parameters import canonical_parameters
 from megakd.parallel.mesh import ModelMesh
 from megakd.parallel.pipeline import run_pipeline
@@ -54,8 +55,7 @@ def _forward_step(
     microbatches: Iterator[dict[str, Tensor]], model: torch.nn.Module
 ) -> tuple[Any, Callable[..., Tensor]]:
     batch = next(microbatches)
-    output = model(batch["tokens"], batch["position_ids"], None)
-    return output, lambda hidden, non_loss_data: hidden
+    return run_stage(model, batch), lambda hidden, non_loss_data: hidden
 
 
 def build_online_teacher(

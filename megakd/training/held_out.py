@@ -10,13 +10,16 @@ from torch import Tensor
 from megakd.config.schema import Config
 from megakd.data.batches import EvaluationBatches
 from megakd.parallel.mesh import ModelMesh
-from megakd.training.train_data import open_held_out_samples
+from megakd.training.train_data import HeldOutData
 
 
-def held_out_batches(config: Config, mesh: ModelMesh, device: torch.device) -> Iterable[dict[str, Tensor]]:
-    """This data rank's part of the held-out samples, in file order."""
+def held_out_batches(
+    config: Config, data: HeldOutData, mesh: ModelMesh, device: torch.device
+) -> Iterable[dict[str, Tensor]]:
+    """This data rank's part of the held-out samples."""
     return EvaluationBatches(
-        open_held_out_samples(config),
+        data.samples,
+        data.ids,
         micro_batch_size=config.data.micro_batch_size,
         data_parallel_rank=mesh.dp_rank,
         data_parallel_size=mesh.dp_size,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ from megakd.training.preflight import preflight
 from megakd.training.run_folder import save_run_description
 from megakd.training.schedule import learning_rate, total_steps
 from megakd.training.step import StepResult, train_step
-from megakd.training.train_data import open_train_samples, sample_order
+from megakd.training.train_data import held_out_sources, open_held_out_data, open_train_data
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,9 @@ def evaluate_run(config: Config, *, preflighted: bool = False) -> Scores:
     Raises:
         UserError: as `distill`, or no held-out data is named.
     """
-    if config.data.valid is None and config.data.valid_fraction is None:
-        raise UserError("evaluation needs held-out data; set data.valid or data.valid_fraction.")
+    split = config.evaluation.split
+    if held_out_sources(config, split) is None:
+        raise UserError(f"evaluation needs held-out data; set data.{split} or data.{split}_fraction.")
     return _start(config, preflighted).evaluate_only()
 
 
@@ -120,11 +122,14 @@ class _Run:
         self.objective = Objective(
             config.distill, shared_vocab_size(config), mesh.groups.tp, self.student.sequence_parallel
         )
-        self.samples = open_train_samples(config)
+        self.data = open_train_data(config)
+        self.held_out = None
+        if held_out_sources(config, config.evaluation.split) is not None:
+            self.held_out = open_held_out_data(config, config.evaluation.split)
         data = config.data
         self.steps = total_steps(
             config.schedule,
-            samples=self.samples.num_samples,
+            samples=self.data.order.num_samples,
             sequence_length=data.sequence_length,
             global_batch_size=data.global_batch_size,
         )
@@ -139,8 +144,8 @@ class _Run:
         if is_writer:
             save_run_description(self.folder, config, dist.get_world_size(), self.mesh.describe())
         batches = TrainBatches(
-            self.samples,
-            sample_order(config, self.samples.num_samples),
+            self.data.samples,
+            self.data.order,
             micro_batch_size=config.data.micro_batch_size,
             global_batch_size=config.data.global_batch_size,
             data_parallel_rank=self.mesh.dp_rank,
@@ -179,18 +184,15 @@ class _Run:
     def _train_step(self, batches: TrainBatches, metrics: MetricsWriter) -> None:
         config = self.config
         rate = learning_rate(self.step, self.steps, config.optimizer, config.schedule)
+        started = time.perf_counter()
+        microbatches = batches.microbatches(self.step)
+        waited = time.perf_counter() - started
         result = train_step(
-            self.student,
-            self.training_teacher,
-            self.objective,
-            self.optimizer,
-            batches.microbatches(self.step),
-            rate,
-            self.platform,
+            self.student, self.training_teacher, self.objective, self.optimizer, microbatches, rate, self.platform
         )
         self.step += 1
         self.tokens += result.tokens
-        metrics.step(self._record(result, rate))
+        metrics.step(self._record(result, rate) | {"data_share": waited / (waited + result.seconds)})
         last = self.step == self.steps
         every = config.evaluation.interval
         if (every and self.step % every == 0) or (last and config.evaluation.at_end):
@@ -220,10 +222,11 @@ class _Run:
         }
 
     def _scores(self) -> Scores:
+        assert self.held_out is not None, "checked at the start"
         return evaluate(
             self.student.model,
             self.mesh,
-            held_out_batches(self.config, self.mesh, self.platform.device),
+            held_out_batches(self.config, self.held_out, self.mesh, self.platform.device),
             self.teacher,
             vocab_size=self.objective.vocab_size,
             chunk_mib=self.config.distill.loss_chunk_mib,
@@ -270,14 +273,14 @@ class _Run:
                 "set checkpoint.resume=false to start over, or give another run.output_dir."
             )
 
-    def _order(self) -> dict[str, int]:
+    def _order(self) -> dict[str, Any]:
         """What, beside the data itself, decides which samples a step sees."""
         data = self.config.data
         return {
             "run.seed": self.config.run.seed,
             "data.global_batch_size": data.global_batch_size,
             "data.sequence_length": data.sequence_length,
-            "samples": self.samples.num_samples,
+            "samples": [[len(share.ids), share.count] for share in self.data.order.shares],
         }
 
     def _export(self) -> Path:
@@ -308,7 +311,9 @@ class _Run:
                 self.platform.device.type,
             )
         )
+        for line in (*self.data.lines, *(self.held_out.lines if self.held_out is not None else ())):
+            log.info(line)
         log.info(
             f"{self.steps:,} steps of {config.data.global_batch_size * config.data.sequence_length:,} tokens from "
-            f"{self.samples.num_samples:,} samples"
+            f"{self.data.order.num_samples:,} samples"
         )

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megakd.config.schema import DistillSection
 from megakd.losses import DenseSignal, chunk_rows, distillation_loss
+from megakd.models.microbatch import run_stage
 
 Batch = dict[str, Tensor]
 
@@ -49,12 +50,11 @@ class Objective:
     ) -> tuple[Any, Callable[[tuple[Tensor, Tensor]], tuple[Tensor, Tensor, Tensor]]]:
         """One stage's part of a microbatch, and its loss; see parallel.pipeline.run_pipeline."""
         batch, signal = next(pairs)
-        output = model(batch["tokens"], batch["position_ids"], None)
 
         def loss(hidden_and_head: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
             return self(hidden_and_head, batch, signal)
 
-        return output, loss
+        return run_stage(model, batch), loss
 
     def __call__(
         self, hidden_and_head: tuple[Tensor, Tensor], batch: Batch, signal: DenseSignal | None

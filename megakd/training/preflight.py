@@ -19,7 +19,7 @@ from megakd.training.architectures import (
     student_architecture,
     teacher_architecture,
 )
-from megakd.training.train_data import open_held_out_samples, open_train_samples
+from megakd.training.train_data import Purpose, held_out_sources, open_held_out_data, open_train_data
 
 
 def preflight(config: Config, world_size: int) -> None:
@@ -58,20 +58,37 @@ def check_models(config: Config) -> None:
 
 
 def _check_data(config: Config) -> None:
-    open_train_samples(config)
-    if config.data.valid is not None or config.data.valid_fraction is not None:
-        open_held_out_samples(config)
+    open_train_data(config)
+    purposes: tuple[Purpose, ...] = ("valid", "test")
+    for purpose in purposes:
+        if held_out_sources(config, purpose) is not None:
+            open_held_out_data(config, purpose)
+    _check_positions(config)
     teacher = config.teacher.path if config.teacher is not None else None
     # The teacher reads these ids, and the student is exported with its own folder's tokenizer: both must agree.
     models = dict.fromkeys(path for path in (teacher, source_folder(config)) if path is not None)
-    for key, prefix in (("data.train", config.data.train), ("data.valid", config.data.valid)):
-        if prefix is None:
-            continue
-        for model in models:
-            check = check_same_tokenizer(prefix, model, key=key)
-            if not check.checked:
-                log.warning(check.message)
-        _check_ids(key, prefix, config)
+    for key in ("train", "valid", "test"):
+        for source in getattr(config.data, key) or ():
+            for model in models:
+                check = check_same_tokenizer(source.path, model, key=f"data.{key}")
+                if not check.checked:
+                    log.warning(check.message)
+            _check_ids(f"data.{key}", source.path, config)
+
+
+def _check_positions(config: Config) -> None:
+    """megakd's and megatron-core's rotary positions follow the attention, not position_ids."""
+    if not config.data.reset_position_ids or config.data.reset_attention_mask:
+        return
+    models = {"student": student_architecture(config)}
+    if config.teacher is not None:
+        models["teacher"] = teacher_architecture(config)
+    for role, architecture in models.items():
+        if architecture.position_embedding_type == "rope":
+            raise UserError(
+                f"data.reset_position_ids is true and has no effect on the {role}'s rotary positions while "
+                "data.reset_attention_mask is false. Set data.reset_attention_mask to true, or leave both out."
+            )
 
 
 def _check_ids(key: str, prefix: str, config: Config) -> None:

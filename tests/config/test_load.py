@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from megakd.common.errors import UserError
 from megakd.config.architecture import GPTArchitecture
 from megakd.config.load import config_from_dict, config_schema, dump_config, load_config
-from megakd.config.schema import Config
+from megakd.config.schema import Config, DataSource
 from tests.config.examples import ARCHITECTURE, VALID, config, values
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,7 +45,7 @@ def file(tmp_path: Path) -> Path:
 def test_a_file_is_read_and_defaults_are_filled_in(file: Path) -> None:
     read = load_config(file)
     assert read == config()
-    assert (read.optimizer.lr, read.optimizer.adam_beta2, read.data.train) == (0.001, 0.95, "data/train")
+    assert (read.optimizer.lr, read.optimizer.adam_beta2, read.data.train[0].path) == (0.001, 0.95, "data/train")
     assert load_config(str(file)) == read
 
 
@@ -121,10 +121,41 @@ def test_a_section_whose_keys_are_commented_out_has_its_defaults() -> None:
     assert config(teacher=None).teacher is None
 
 
+@pytest.mark.parametrize(
+    ("given", "read"),
+    [
+        ("a", [DataSource(path="a")]),
+        (["a", {"path": "b", "epochs": 2}], [DataSource(path="a"), DataSource(path="b", epochs=2.0)]),
+        ({"path": "a", "epochs": 0.5}, [DataSource(path="a", epochs=0.5)]),
+    ],
+)
+def test_data_sets_are_a_path_a_section_or_a_list(given: Any, read: list[DataSource]) -> None:
+    loaded = config(data__train=given)
+    assert loaded.data.train == read
+    assert config_from_dict(yaml.safe_load(dump_config(loaded))) == loaded
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (3, "data.train: 3 is not a path, nor a section with path and weight or epochs."),
+        (["a", None], "data.train: None is not a path, nor a section with path and weight or epochs."),
+        ([], "data.train is []; it must be at least 1 entry long."),
+        ([{"path": "a", "wieght": 2}], "data.train[0].wieght is not a setting. Did you mean 'data.train[0].weight'?"),
+        ({"path": "a", "weight": -1}, "data.train[0].weight is -1; it must be above 0."),
+        ([{"weight": 1}], "data.train[0].path is missing. Set it."),
+        ([{"path": 7}], "data.train[0].path is 7; it must be text."),
+    ],
+)
+def test_bad_data_sets(given: Any, message: str) -> None:
+    with pytest.raises(UserError, match=f"^{re.escape(message)}"):
+        config(data__train=given)
+
+
 def test_relative_paths_are_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    assert load_config("../x.yaml").data.train == "data/train"
+    assert load_config("../x.yaml").data.train == [DataSource(path="data/train")]
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,11 @@ CORPUS = [
 ]
 
 
+DOCUMENT = 3
+
+
 class MemoryStream:
-    """A stream of given tokens."""
+    """A stream of given tokens, in documents of `DOCUMENT`."""
 
     prefix = "memory"
 
@@ -33,6 +36,9 @@ class MemoryStream:
 
     def slice(self, start: int, stop: int) -> NDArray[np.int64]:
         return self._tokens[start:stop].copy()
+
+    def document_starts(self, start: int, stop: int) -> NDArray[np.int64]:
+        return np.arange(-(-start // DOCUMENT) * DOCUMENT, stop, DOCUMENT)
 
 
 @pytest.fixture(scope="session")

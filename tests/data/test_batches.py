@@ -14,16 +14,21 @@ from hypothesis import strategies as st
 
 from megakd.common.errors import UserError
 from megakd.data.batches import EvaluationBatches, TrainBatches, collate, count_microbatches
-from megakd.data.samples import SampleOrder, TokenSamples
+from megakd.data.order import SampleOrder, Share
+from megakd.data.samples import TokenSamples
 
 Streams = Callable[[int], Any]
 LENGTH = 4
 
 
+def order_of(num_samples: int, seed: int = 5, first: int = 0) -> SampleOrder:
+    return SampleOrder([Share(range(first, first + num_samples), num_samples)], seed)
+
+
 def train_batches(samples: TokenSamples, mbs: int, gbs: int, rank: int, ranks: int, seed: int = 5) -> TrainBatches:
     return TrainBatches(
         samples,
-        SampleOrder(samples.num_samples, seed),
+        order_of(samples.num_samples, seed),
         micro_batch_size=mbs,
         global_batch_size=gbs,
         data_parallel_rank=rank,
@@ -64,11 +69,16 @@ def test_global_batch_is_the_same_in_every_layout(
     memory_stream: Streams, mbs: int, ranks: int, num_microbatches: int, num_samples: int, first: int, step: int
 ) -> None:
     gbs = mbs * ranks * num_microbatches
-    samples = TokenSamples(memory_stream((first + num_samples) * LENGTH + 1), LENGTH, first=first)
-    expected = [first + int(i) for i in SampleOrder(num_samples, 5).sample_ids(step * gbs, gbs)]
+    samples = TokenSamples(memory_stream((first + num_samples) * LENGTH + 1), LENGTH)
+    order = order_of(num_samples, first=first)
+    expected = order.sample_ids(step * gbs, gbs).tolist()
+    assert set(expected) <= set(range(first, first + num_samples))
     seen: list[int] = []
     for rank in range(ranks):
-        batches = train_batches(samples, mbs, gbs, rank, ranks)
+        batches = TrainBatches(
+            samples, order, micro_batch_size=mbs, global_batch_size=gbs, data_parallel_rank=rank,
+            data_parallel_size=ranks,
+        )  # fmt: skip
         microbatches = batches.microbatches(step)
         batches.close()
         assert len(microbatches) == batches.num_microbatches == num_microbatches
@@ -106,7 +116,7 @@ def test_steps_in_any_order_and_after_close(memory_stream: Streams) -> None:
 
 def test_the_next_step_is_read_ahead_on_a_thread(memory_stream: Streams) -> None:
     samples = TokenSamples(memory_stream(41), LENGTH)
-    order = SampleOrder(10, 1)
+    order = order_of(10, 1)
     asked: list[tuple[int, str]] = []
     second = threading.Event()
 
@@ -119,7 +129,7 @@ def test_the_next_step_is_read_ahead_on_a_thread(memory_stream: Streams) -> None
 
     batches = TrainBatches(
         samples,
-        Recording(10, 1),
+        Recording(order.shares, 1),
         micro_batch_size=2,
         global_batch_size=2,
         data_parallel_rank=0,
@@ -175,12 +185,13 @@ def test_train_batches_checks_the_layout(memory_stream: Streams) -> None:
 def test_evaluation_counts_every_token_once(
     memory_stream: Streams, num_samples: int, first: int, mbs: int, ranks: int, max_tokens: int | None
 ) -> None:
-    samples = TokenSamples(memory_stream((first + num_samples) * LENGTH + 1), LENGTH, first=first)
+    samples = TokenSamples(memory_stream((first + num_samples) * LENGTH + 1), LENGTH)
+    ids = np.arange(first, first + num_samples)
     labels: list[int] = []
     lengths = set()
     for rank in range(ranks):
         batches = EvaluationBatches(
-            samples, micro_batch_size=mbs, data_parallel_rank=rank, data_parallel_size=ranks, max_tokens=max_tokens
+            samples, ids, micro_batch_size=mbs, data_parallel_rank=rank, data_parallel_size=ranks, max_tokens=max_tokens
         )
         listed = list(batches)
         assert same(listed, list(batches)), "it can be iterated again"
@@ -195,6 +206,31 @@ def test_evaluation_counts_every_token_once(
     assert len(lengths) == 1
     assert sorted(labels) == list(range(start, start + counted))
     assert batches.num_tokens == counted
+
+
+@pytest.mark.parametrize("max_tokens", [None, 13])
+def test_packed_evaluation_counts_the_same_labels(memory_stream: Streams, max_tokens: int | None) -> None:
+    """Only the shape differs: [1, b * s]."""
+    counted = []
+    for resets in (False, True):
+        samples = TokenSamples(memory_stream(21), LENGTH, eod_mask_loss=True, reset_attention_mask=resets)
+        batches = EvaluationBatches(
+            samples, np.arange(5), micro_batch_size=2, data_parallel_rank=0, data_parallel_size=1,
+            max_tokens=max_tokens,
+        )  # fmt: skip
+        labels = [label for batch in batches for label in batch["labels"][batch["loss_mask"] > 0].tolist()]
+        counted.append(labels)
+    assert counted[0] == counted[1] and len(counted[0]) == (14 if max_tokens is None else 9)
+
+
+def test_collate_with_segments(memory_stream: Streams) -> None:
+    # Documents begin at every third token: samples 3 and 0 are tokens 12 to 15 and 0 to 3.
+    batch = collate(TokenSamples(memory_stream(21), LENGTH, reset_attention_mask=True), [3, 0])
+    assert batch["tokens"].tolist() == [[1012, 1013, 1014, 1015, 1000, 1001, 1002, 1003]]
+    assert batch["labels"].shape == batch["loss_mask"].shape == batch["position_ids"].shape == (1, 8)
+    assert batch["cu_seqlens"].tolist() == [0, 3, 4, 7, 8] and batch["cu_seqlens"].dtype == torch.int32
+    assert batch["max_seqlen"].item() == 3
+    assert batch["sample_ids"].tolist() == [3, 0]
 
 
 def test_batches_are_plain_memory_of_their_own(memory_stream: Streams) -> None:

@@ -1,17 +1,21 @@
-"""Samples are cut once in file order; the order of each epoch is a permutation fixed by seed and epoch."""
+"""Samples are cut once in file order; documents, blends and splits, token by token."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megakd.common.errors import UserError
-from megakd.data.samples import SampleOrder, TokenSamples, split_samples
+from megakd.data.indexed import TokenStream
+from megakd.data.samples import Blend, TokenSamples, split_items
+from tests.data.example_files import write_pair
 
 Streams = Callable[[int], Any]
 
@@ -27,16 +31,11 @@ def test_samples_tile_the_stream(memory_stream: Streams, num_tokens: int, length
     samples = TokenSamples(stream, length)
     assert samples.num_samples == len([i for i in range(num_tokens) if (i + 1) * length < num_tokens])
     for i in range(samples.num_samples):
-        assert samples.tokens(i).tolist() == tokens[i * length : i * length + length + 1]
-
-
-def test_a_view_keeps_the_ids(memory_stream: Streams) -> None:
-    stream = memory_stream(41)
-    whole, view = TokenSamples(stream, 4), TokenSamples(stream, 4, first=7, last=9)
-    assert (whole.num_samples, view.num_samples) == (10, 2)
-    assert view.tokens(8).tolist() == whole.tokens(8).tolist()
-    with pytest.raises(AssertionError):
-        view.tokens(9)
+        sample = samples.sample(i)
+        assert sample.tokens.tolist() == tokens[i * length : i * length + length]
+        assert sample.labels.tolist() == tokens[i * length + 1 : i * length + length + 1]
+        assert sample.loss_mask.tolist() == [1] * length and sample.position_ids.tolist() == list(range(length))
+        assert sample.segments == (length,)
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 8])
@@ -46,43 +45,84 @@ def test_too_short_a_corpus(memory_stream: Streams, num_tokens: int) -> None:
         TokenSamples(memory_stream(num_tokens), 8)
 
 
-@given(num_samples=st.integers(2, 10_000), fraction=st.floats(0.0001, 0.9999))
-def test_split_holds_out_the_tail(num_samples: int, fraction: float) -> None:
-    train, valid = split_samples(num_samples, fraction)
-    assert [*train, *valid] == list(range(num_samples))
-    assert len(train) >= 1 and len(valid) >= 1
-    if 1 <= num_samples * fraction <= num_samples - 1:
-        assert abs(len(valid) - num_samples * fraction) <= 0.5
+# Documents of 3, 5 and 2 tokens and one of 6, 9 ends each: samples of 5 begin at tokens 0, 5 and 10.
+DOCUMENTS = [[1, 2, 9], [3, 4, 5, 6, 9], [7, 9], [1, 2, 3, 4, 5, 9]]
 
 
-def test_split_of_one_sample() -> None:
+@pytest.mark.parametrize(
+    ("settings", "sample", "mask", "positions", "segments"),
+    [
+        # tokens 1 2 9 3 4, labels 2 9 3 4 5
+        ({"eod_mask_loss": True}, 0, [1, 1, 0, 1, 1], [0, 1, 2, 3, 4], (5,)),
+        ({"reset_position_ids": True}, 0, [1] * 5, [0, 1, 2, 0, 1], (5,)),
+        ({"reset_attention_mask": True}, 0, [1] * 5, [0, 1, 2, 3, 4], (3, 2)),
+        # tokens 5 6 9 7 9, labels 6 9 7 9 1: the first label of the next sample's document is not learnt either
+        ({"eod_mask_loss": True}, 1, [1, 1, 0, 1, 0], [0, 1, 2, 3, 4], (5,)),
+        ({"reset_position_ids": True, "reset_attention_mask": True}, 1, [1] * 5, [0, 1, 2, 0, 1], (3, 2)),
+        # tokens 1 2 3 4 5, labels 2 3 4 5 9: one document
+        (
+            {"reset_position_ids": True, "reset_attention_mask": True, "eod_mask_loss": True},
+            2, [1] * 5, [0, 1, 2, 3, 4], (5,),
+        ),
+    ],
+)  # fmt: skip
+def test_documents_in_a_sample(
+    tmp_path: Path, settings: dict[str, bool], sample: int, mask: list[int], positions: list[int], segments: Any
+) -> None:
+    write_pair(tmp_path / "d", DOCUMENTS)
+    read = TokenSamples(TokenStream(tmp_path / "d"), 5, **settings).sample(sample)
+    assert read.loss_mask.tolist() == mask
+    assert read.position_ids.tolist() == positions
+    assert read.segments == segments
+
+
+@given(lengths=st.lists(st.integers(0, 4), min_size=1, max_size=12).filter(lambda x: sum(x) > 0), data=st.data())
+def test_documents_of_several_sequences(
+    tmp_path_factory: pytest.TempPathFactory, lengths: list[int], data: st.DataObject
+) -> None:
+    """Megatron's own files may hold documents of several sequences, or of none."""
+    prefix = tmp_path_factory.mktemp("d") / "d"
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.int32)
+    starts, begin, at, i = [], 0, 0, 0
+    while i < len(lengths):
+        parts = lengths[i : i + data.draw(st.integers(1, 3))]
+        builder.add_document(np.arange(at, at + sum(parts), dtype=np.int32), parts)
+        starts.append(at)
+        begin, at, i = at, at + sum(parts), i + len(parts)
+    builder.finalize(f"{prefix}.idx")
+    stream = TokenStream(prefix)
+    assert begin <= stream.num_tokens == sum(lengths)
+    assert stream.document_lengths().tolist() == np.diff([*starts, at]).tolist()
+    for first in range(stream.num_tokens + 1):
+        for last in range(first, stream.num_tokens + 1):
+            assert stream.document_starts(first, last).tolist() == sorted({s for s in starts if first <= s < last})
+
+
+def test_a_blend_numbers_its_parts_one_after_another(memory_stream: Streams) -> None:
+    parts = [TokenSamples(memory_stream(n * 4 + 1), 4) for n in (3, 1, 2)]
+    blend = Blend(parts)
+    assert blend.num_samples == 6 and not blend.has_segments
+    found = [blend.sample(i).tokens[0] for i in range(6)]
+    assert found == [1000, 1004, 1008, 1000, 1000, 1004]
+    assert [blend.ids(n, range(0, 1)) for n in range(3)] == [range(0, 1), range(3, 4), range(4, 5)]
+    assert Blend([*parts, TokenSamples(memory_stream(9), 4, reset_attention_mask=True)]).has_segments
+
+
+@given(count=st.integers(3, 10_000), valid=st.floats(0, 0.99), test=st.floats(0, 0.99))
+def test_split_holds_out_the_end(count: int, valid: float, test: float) -> None:
+    if valid + test >= 1:
+        return
+    split = split_items(count, valid, test)
+    assert [*split.train, *split.valid, *split.test] == list(range(count))
+    assert len(split.train) >= 1
+    for part, fraction in ((split.valid, valid), (split.test, test)):
+        assert (len(part) == 0) == (fraction == 0)
+        if fraction and count * fraction >= 1 and count * (1 - valid - test) >= 1:
+            assert abs(len(part) - count * fraction) <= 1
+
+
+def test_split_of_too_few() -> None:
     with pytest.raises(UserError, match="data.valid_fraction is 0.1, but the data is 1 sample; a split needs 2"):
-        split_samples(1, 0.1)
-
-
-@given(num_samples=st.integers(1, 40), seed=st.integers(0, 2**63), epoch=st.integers(0, 5))
-def test_every_epoch_is_a_permutation(num_samples: int, seed: int, epoch: int) -> None:
-    ids = SampleOrder(num_samples, seed).sample_ids(epoch * num_samples, num_samples)
-    assert ids.dtype == np.int64
-    assert sorted(ids.tolist()) == list(range(num_samples))
-
-
-@given(num_samples=st.integers(1, 12), start=st.integers(0, 60), count=st.integers(0, 50))
-def test_any_window_is_the_same_sequence(num_samples: int, start: int, count: int) -> None:
-    order = SampleOrder(num_samples, seed=3)
-    one_by_one = [int(SampleOrder(num_samples, seed=3).sample_ids(p, 1)[0]) for p in range(start, start + count)]
-    assert order.sample_ids(start, count).tolist() == one_by_one
-    assert order.sample_ids(start, count).tolist() == one_by_one, "asking again changes nothing"
-
-
-def test_ids_are_fixed_for_good() -> None:
-    """A resumed run on another numpy must see the same order: these ids must never change."""
-    assert SampleOrder(8, seed=1234).sample_ids(0, 16).tolist() == [1, 6, 2, 0, 3, 5, 7, 4, 3, 6, 7, 0, 5, 4, 1, 2]
-    assert SampleOrder(8, seed=1235).sample_ids(0, 8).tolist() == [0, 2, 3, 5, 4, 7, 6, 1]
-
-
-def test_only_two_epochs_are_kept() -> None:
-    order = SampleOrder(10, seed=1)
-    for step in range(30):
-        order.sample_ids(step * 4, 4)
-        assert len(order._epochs) <= 2
+        split_items(1, 0.1)
+    with pytest.raises(UserError, match="data.valid_fraction is 0.1 and data.test_fraction is 0.2, .* 2 samples; a sp"):
+        split_items(2, 0.1, 0.2)

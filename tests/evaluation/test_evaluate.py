@@ -53,12 +53,13 @@ def expected_scores(folder: Path, counted: int) -> dict[str, float]:
 def scores(values: dict[str, Any]) -> dict[str, Any]:
     from megakd.evaluation import evaluate
     from megakd.training.held_out import held_out_batches
+    from megakd.training.train_data import open_held_out_data
 
     run = build(values)
     return evaluate(
         run.student.model,
         run.mesh,
-        held_out_batches(run.config, run.mesh, run.platform.device),
+        held_out_batches(run.config, open_held_out_data(run.config, "valid"), run.mesh, run.platform.device),
         run.teacher,
         vocab_size=run.objective.vocab_size,
         chunk_mib=None,

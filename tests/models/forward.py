@@ -12,7 +12,7 @@ from megakd.config.architecture import GPTArchitecture
 def full_logits(
     architecture: GPTArchitecture,
     path: str | None,
-    tokens: Tensor,
+    tokens: Tensor | list[dict[str, Tensor]],
     *,
     tp: int,
     pp: int,
@@ -20,9 +20,14 @@ def full_logits(
     first_stage: int | None = None,
     seed: int | None = None,
 ) -> Tensor:
-    """Logits [b, s, v] on every rank, from a Hugging Face folder or from a seed."""
+    """Logits [b, s, v] on every rank, from a Hugging Face folder or from a seed.
+
+    Args:
+        tokens: [b, s], or microbatches of one shape as training has them.
+    """
     from megakd.convert import load_weights
     from megakd.models.gpt import build_gpt
+    from megakd.models.microbatch import run_stage
     from megakd.models.parameters import canonical_parameters
     from megakd.parallel.mesh import GroupPool, build_model_mesh
     from megakd.parallel.pipeline import run_pipeline
@@ -41,7 +46,6 @@ def full_logits(
 
     def forward_step(microbatches, stage):
         batch = next(microbatches)
-        positions = torch.arange(batch.shape[1]).expand(batch.shape)
 
         def logits(hidden_and_head, non_loss_data):
             hidden, head = hidden_and_head
@@ -54,15 +58,18 @@ def full_logits(
             dist.all_gather(shards, mine, group=mesh.groups.tp)
             return torch.cat(shards, -1).transpose(0, 1)[..., : architecture.vocab_size].contiguous()
 
-        return stage(batch, positions, None), logits
+        return run_stage(stage, batch), logits
 
+    if isinstance(tokens, Tensor):
+        positions = torch.arange(tokens.shape[1])[None]
+        tokens = [{"tokens": row, "position_ids": positions} for row in tokens.split(1)]
+    rows, length = tokens[0]["tokens"].shape
     with torch.no_grad():
-        microbatches = list(tokens.split(1))
         outputs = run_pipeline(
-            mesh, model.eval(), forward_step, microbatches, num_microbatches=len(microbatches), micro_batch_size=1,
-            sequence_length=tokens.shape[1], forward_only=True,
+            mesh, model.eval(), forward_step, tokens, num_microbatches=len(tokens), micro_batch_size=rows,
+            sequence_length=length, forward_only=True,
         )  # fmt: skip
-    result = torch.cat(outputs) if outputs else torch.empty(*tokens.shape, architecture.vocab_size)
+    result = torch.cat(outputs) if outputs else torch.empty(rows * len(tokens), length, architecture.vocab_size)
     if pp > 1:
         dist.broadcast(result, src=mesh.last_stage_rank, group=mesh.groups.pp)
     return result

@@ -109,12 +109,12 @@ class Built:
     def batches(self) -> Any:
         """The run's training microbatches."""
         from megakd.data.batches import TrainBatches
-        from megakd.training.train_data import open_train_samples, sample_order
+        from megakd.training.train_data import open_train_data
 
-        samples = open_train_samples(self.config)
+        data = open_train_data(self.config)
         return TrainBatches(
-            samples,
-            sample_order(self.config, samples.num_samples),
+            data.samples,
+            data.order,
             micro_batch_size=self.config.data.micro_batch_size,
             global_batch_size=self.config.data.global_batch_size,
             data_parallel_rank=self.mesh.dp_rank,

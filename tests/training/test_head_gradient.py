@@ -33,10 +33,10 @@ def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def gradients_of_all_and_of_each(values: dict[str, Any]) -> list[dict[str, torch.Tensor]]:
     """Gradients summed over tokens: of all microbatches together, then of each by itself."""
     from megakd.data.batches import collate
-    from megakd.training.train_data import open_train_samples
+    from megakd.training.train_data import open_train_data
 
     run = build(values)
-    samples = open_train_samples(run.config)
+    samples = open_train_data(run.config).samples
     microbatches = [collate(samples, [2 * m, 2 * m + 1]) for m in range(MICROBATCHES)]
     found = []
     for window in [microbatches, *([microbatch] for microbatch in microbatches)]:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tests.training.runs import layout, run_values, write_run_files, write_tokens
 
 # Figures of the machine, not of the run.
-TIMED = {"tokens_per_second", "tflops_per_rank", "teacher_share", "step_seconds", "peak_memory_bytes"}
+TIMED = {"tokens_per_second", "tflops_per_rank", "teacher_share", "data_share", "step_seconds", "peak_memory_bytes"}
 SHARDED = {
     "run__dtype": "bf16", "optimizer__use_distributed_optimizer": True, "optimizer__overlap_grad_reduce": True,
     "optimizer__overlap_param_gather": True,

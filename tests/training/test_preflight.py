@@ -12,9 +12,11 @@ from safetensors.torch import load_file, save_file
 
 from megakd.common.errors import UserError
 from megakd.config.schema import Config
+from megakd.data.fingerprint import FORMAT, VERSION
 from megakd.data.preprocess import write_documents
 from megakd.data.tokenizer import load_tokenizer
 from megakd.training.preflight import preflight
+from tests.data.example_files import write_examples
 from tests.training.runs import run_values, write_run_files, write_tokens
 
 TEACHER = Path(__file__).resolve().parents[2] / "configs" / "quickstart" / "teacher"
@@ -118,3 +120,50 @@ def test_export_folder_that_holds_something_else(folder: Path) -> None:
     (folder / "run" / "student").mkdir(parents=True)
     (folder / "run" / "student" / "thesis.tex").write_text("")
     assert "thesis.tex" in error(run_values(folder))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"data__packing": True}, "data.packing is true and has no effect: data.train has no data set of examples"),
+        ({"data__loss_on": "all"}, "data.loss_on is all and has no effect: data.train has no data set of examples"),
+        ({"data__truncation": "keep_end"}, "data.truncation is keep_end and has no effect"),
+        (
+            {"data__reset_position_ids": True},
+            "data.reset_position_ids is true and has no effect on the student's rotary positions while "
+            "data.reset_attention_mask is false.",
+        ),
+    ],
+)
+def test_settings_without_effect_on_text(folder: Path, settings: dict[str, Any], message: str) -> None:
+    assert error(run_values(folder, **settings)).startswith(message)
+
+
+@pytest.mark.parametrize("key", ["reset_position_ids", "reset_attention_mask", "eod_mask_loss"])
+def test_settings_without_effect_on_examples(folder: Path, key: str) -> None:
+    write_examples(folder / "chat", [([5, 6, 7], [0, 2, 2])])
+    message = error(run_values(folder, data__train=str(folder / "chat"), **{f"data__{key}": True}))
+    assert message.startswith(f"data.{key} is true and has no effect: data.train has no data set of text.")
+
+
+def test_settings_of_both_kinds_go_with_a_blend_of_both(folder: Path) -> None:
+    write_examples(folder / "chat", [([5, 6, 7], [0, 2, 2])])
+    settings = {"data__packing": True, "data__reset_attention_mask": True, "data__reset_position_ids": True}
+    blend = [str(folder / "data"), str(folder / "chat")]
+    preflight(Config.model_validate(run_values(folder, data__train=blend, **settings)), 1)
+
+
+def test_examples_without_their_mask(folder: Path) -> None:
+    write_examples(folder / "chat", [([5, 6, 7], [0, 2, 2])])
+    metadata = {"format": FORMAT, "version": VERSION, "kind": "examples"}
+    (folder / "chat.json").write_text(json.dumps(metadata))
+    (folder / "chat.mask.idx").unlink()
+    message = error(run_values(folder, data__train=str(folder / "chat")))
+    assert message.startswith(
+        f"data.train: {folder}/chat is a data set of examples and {folder}/chat.mask.idx does not"
+    )
+
+
+def test_every_held_out_data_set_is_opened(folder: Path) -> None:
+    message = error(run_values(folder, data__valid=[str(folder / "data"), str(folder / "gone")]))
+    assert message.startswith(f"data.valid is {folder}/gone; {folder}/gone.bin does not exist.")

@@ -1,0 +1,182 @@
+"""Samples of examples (chat, instructions): one each and padded, or packed several to a sample."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megakd.common.errors import UserError
+from megakd.data.indexed import MASK_ENDING, TokenStream
+from megakd.data.packing import Packs, first_fit_decreasing
+from megakd.data.samples import Sample, positions_of
+
+LossOn = Literal["assistant", "response", "all"]
+Truncation = Literal["drop", "keep_start", "keep_end"]
+
+CONTEXT, EARLIER_TURN, LAST_TURN = 0, 1, 2
+"""What the mask file says of a token: not the assistant's, of its earlier turns, of its last turn."""
+
+_COUNTED: dict[LossOn, tuple[int, ...]] = {
+    "assistant": (EARLIER_TURN, LAST_TURN),
+    "response": (LAST_TURN,),
+    "all": (CONTEXT, EARLIER_TURN, LAST_TURN),
+}
+_LOST = {"keep_start": "keep the start and lose their end of turn", "keep_end": "keep the end and lose their start"}
+
+
+class Examples:
+    """Token ids of examples and which of them count, by index.
+
+    Raises:
+        UserError: the pair or its mask is missing, damaged, or they are not of one data set.
+    """
+
+    def __init__(self, prefix: str, loss_on: LossOn, *, key: str = "data.train") -> None:
+        self.prefix = prefix
+        self._tokens = TokenStream(prefix, key=key)
+        self._mask = TokenStream(f"{prefix}{MASK_ENDING}", key=key)
+        self._counted = _COUNTED[loss_on]
+        self.lengths = self._tokens.document_lengths()
+        if not np.array_equal(self.lengths, self._mask.document_lengths()):
+            raise UserError(
+                f"{key}: {prefix}{MASK_ENDING}.idx speaks of other examples than {prefix}.idx; they are not of one "
+                "data set. Write them again with tools/preprocess_data.py."
+            )
+        self._starts = np.zeros(len(self.lengths) + 1, dtype=np.int64)
+        np.cumsum(self.lengths, out=self._starts[1:])
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def read(self, index: int, part: slice) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Token ids of a part of an example, [n], and 1 where the token counts as a label, [n]."""
+        first, last, _ = part.indices(int(self.lengths[index]))
+        start = int(self._starts[index])
+        counts = np.isin(self._mask.slice(start + first, start + last), self._counted)
+        return self._tokens.slice(start + first, start + last), counts.astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How examples fit into samples: what was cut or left out, and the share of padding one example to a sample.
+
+    Attributes:
+        examples: how many there are, before any is dropped.
+        too_long: how many do not fit; with `cut` they were cut, else dropped.
+        uncounted: how many of those that were cut had no token left to learn from, and were dropped.
+        too_short: how many are a single token, from which nothing is predicted, and were dropped.
+    """
+
+    examples: int
+    too_long: int
+    uncounted: int
+    too_short: int
+    truncation: Truncation
+    padding_unpacked: float
+    padding: float
+    samples: int
+    sequence_length: int
+
+    def describe(self, key: str, prefix: str) -> list[str]:
+        """Lines on what was done to the data."""
+        whole = self.sequence_length + 1
+        lines = []
+        if self.too_long:
+            done = "are dropped" if self.truncation == "drop" else _LOST[self.truncation]
+            rest = (
+                f"; {self.uncounted:,} of them have no token left that counts and are dropped" if self.uncounted else ""
+            )
+            lines.append(
+                f"{key}: {self.too_long:,} of {self.examples:,} examples in {prefix} are longer than "
+                f"data.sequence_length + 1 = {whole:,} tokens and {done}{rest} (data.truncation {self.truncation})"
+            )
+        if self.too_short:
+            lines.append(f"{key}: {self.too_short:,} examples in {prefix} are a single token and are dropped")
+        packed = self.padding != self.padding_unpacked
+        lines.append(
+            f"{key}: {self.examples - self.dropped:,} examples of {prefix} in {self.samples:,} samples; padding "
+            + (f"{self.padding_unpacked:.1%} unpacked, {self.padding:.1%} packed" if packed else f"{self.padding:.1%}")
+        )
+        return lines
+
+    @property
+    def dropped(self) -> int:
+        """How many examples no sample holds."""
+        return (self.too_long if self.truncation == "drop" else self.uncounted) + self.too_short
+
+
+class ExampleSamples:
+    """Samples of S positions made of examples; an example of n tokens takes n - 1, for its last is only predicted.
+
+    Args:
+        members: which examples are there, such as the training part of a split.
+        truncation: what becomes of an example of more than S + 1 tokens.
+        packing: put several examples into a sample (first-fit decreasing), each attending to itself alone; without,
+            each has a sample of its own. What is left of a sample is padding that does not count.
+
+    Raises:
+        UserError: no example is left.
+    """
+
+    def __init__(
+        self, examples: Examples, members: range, sequence_length: int, *, truncation: Truncation, packing: bool
+    ) -> None:
+        self.sequence_length = sequence_length
+        self.has_segments = packing
+        self._examples = examples
+        self._part = slice(-sequence_length - 1, None) if truncation == "keep_end" else slice(sequence_length + 1)
+        lengths = examples.lengths[members.start : members.stop]
+        long, short = lengths > sequence_length + 1, lengths < 2
+        dropped = short.copy()
+        uncounted = 0
+        if truncation == "drop":
+            dropped |= long
+        else:
+            for place in np.flatnonzero(long).tolist():
+                _, counts = examples.read(members.start + place, self._part)
+                if not counts[1:].any():
+                    dropped[place] = True
+                    uncounted += 1
+        self._kept = members.start + np.flatnonzero(~dropped)
+        if not len(self._kept):
+            raise UserError(
+                f"{examples.prefix}: none of its {len(members):,} examples is left: {int(long.sum()):,} are longer "
+                f"than data.sequence_length + 1 = {sequence_length + 1:,} tokens (data.truncation {truncation}) and "
+                f"{int(short.sum()):,} are a single token. Use a larger data.sequence_length, or another "
+                "data.truncation."
+            )
+        places = np.minimum(lengths[~dropped], sequence_length + 1).astype(np.int64) - 1
+        self._packs: Packs | None = first_fit_decreasing(places, sequence_length) if packing else None
+        self.num_samples = len(self._kept) if self._packs is None else len(self._packs)
+        filled = int(places.sum()) / sequence_length
+        self.fit = Fit(
+            examples=len(members),
+            too_long=int(long.sum()),
+            uncounted=uncounted,
+            too_short=int(short.sum()),
+            truncation=truncation,
+            padding_unpacked=1 - filled / len(self._kept),
+            padding=1 - filled / self.num_samples,
+            samples=self.num_samples,
+            sequence_length=sequence_length,
+        )
+
+    def sample(self, sample_id: int) -> Sample:
+        """See Samples."""
+        assert 0 <= sample_id < self.num_samples, (sample_id, self.num_samples)
+        places = [sample_id] if self._packs is None else self._packs[sample_id].tolist()
+        tokens, labels = (np.zeros(self.sequence_length, dtype=np.int64) for _ in range(2))
+        loss_mask = np.zeros(self.sequence_length, dtype=np.float32)
+        segments, end = [], 0
+        for place in places:
+            ids, counts = self._examples.read(int(self._kept[place]), self._part)
+            start, end = end, end + len(ids) - 1
+            tokens[start:end], labels[start:end], loss_mask[start:end] = ids[:-1], ids[1:], counts[1:]
+            segments.append(len(ids) - 1)
+        if end < self.sequence_length:
+            segments.append(self.sequence_length - end)
+        positions = positions_of(segments if self.has_segments else [self.sequence_length])
+        return Sample(tokens, labels, loss_mask, positions, tuple(segments) if self.has_segments else (len(tokens),))
