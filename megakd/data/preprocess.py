@@ -14,10 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+
 from megakd.common.errors import UserError
 from megakd.data.encoding import encode_documents
 from megakd.data.fingerprint import metadata_path, vocabulary_path, write_metadata
-from megakd.data.indexed import TokenWriter
+from megakd.data.token_writer import TokenWriter, token_dtype
 from megakd.data.tokenizer import Tokenizer, load_tokenizer
 
 Format = Literal["auto", "jsonl", "text"]
@@ -113,20 +115,20 @@ def write_documents(
     count = tokens = longest = 0
     aside = Path(tempfile.mkdtemp(prefix=f".{prefix.name}-", suffix=".partial", dir=prefix.parent))
     try:
-        writer = TokenWriter(aside / "data", tokenizer.vocab_size)
+        writer = TokenWriter(aside / "data", token_dtype(tokenizer.vocab_size))
         try:
             for ids in encode_documents(documents, tokenizer, workers):
                 if not ids:
                     dropped[EMPTY] += 1
                     continue
-                writer.add_document([*head, *ids, *tail])
                 length = len(head) + len(ids) + len(tail)
+                writer.add(np.array([*head, *ids, *tail]), np.array([length], dtype=np.int32))
                 count, tokens, longest = count + 1, tokens + length, max(longest, length)
             if not count:
                 raise UserError(_nothing_left(prefix, dropped))
             writer.finish()
         finally:
-            writer.abandon()
+            writer.close()
         write_metadata(
             aside / "data",
             tokenizer,
