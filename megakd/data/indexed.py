@@ -1,47 +1,22 @@
-"""Megatron-core's `.bin/.idx` token files: a writer, and a reader that sees one stream of tokens."""
+"""Megatron-core's `.bin/.idx` token files read as one stream of tokens."""
 
 from __future__ import annotations
 
-import struct
 from bisect import bisect_left
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
+from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
 from numpy.typing import NDArray
 
 from megakd.common.errors import UserError
+from megakd.data.token_writer import HEADER, MAGIC, VERSION
 
-_MAGIC = b"MMIDIDX\x00\x00"
-_VERSION = 1
-_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, entries of the document index
 MASK_ENDING = ".mask"
 """Of the pair beside a pair of examples: one uint8 per token."""
-
 _REWRITE = "Write the pair again with tools/preprocess_data.py."
-
-
-class TokenWriter:
-    """Writes documents of token ids to `<prefix>.bin`; `finish` writes `<prefix>.idx`."""
-
-    def __init__(self, prefix: str | Path, vocab_size: int) -> None:
-        self._prefix = str(prefix)
-        self._dtype: Any = DType.optimal_dtype(vocab_size)
-        self._builder: Any = IndexedDatasetBuilder(f"{prefix}.bin", dtype=self._dtype)
-
-    def add_document(self, ids: list[int] | NDArray[np.int64]) -> None:
-        """Append one document; an id outside the vocabulary's integer type raises OverflowError."""
-        self._builder.add_document(np.array(ids, dtype=self._dtype), [len(ids)])
-
-    def finish(self) -> None:
-        """Close the data file and write the index."""
-        self._builder.finalize(f"{self._prefix}.idx")
-
-    def abandon(self) -> None:
-        """Close the data file and write no index; harmless after `finish`."""
-        self._builder.data_file.close()
 
 
 class TokenStream:
@@ -102,12 +77,12 @@ class TokenStream:
             if not path.is_file():
                 raise UserError(f"{self._key} is {self.prefix}; {path} does not exist. {self._missing_remedy()}")
         with idx_path.open("rb") as file:
-            head = file.read(_HEADER.size)
-        magic, version, code, sequences, documents = _HEADER.unpack(head.ljust(_HEADER.size, b"\x00"))
+            head = file.read(HEADER.size)
+        magic, version, code, sequences, documents = HEADER.unpack(head.ljust(HEADER.size, b"\x00"))
         codes = {dtype.value for dtype in (DType.uint8, DType.uint16, DType.int32, DType.int64)}
-        if magic != _MAGIC or version != _VERSION or code not in codes:
+        if magic != MAGIC or version != VERSION or code not in codes:
             raise UserError(f"{self._key}: {idx_path} is no index of megatron-core's token files. {_REWRITE}")
-        expected = _HEADER.size + 12 * sequences + 8 * documents
+        expected = HEADER.size + 12 * sequences + 8 * documents
         size = idx_path.stat().st_size
         if size != expected:
             raise UserError(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import threading
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,7 +19,8 @@ HUGGING_FACE_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "
 class Tokenizer(Protocol):
     """Text to ids and back, without special tokens added and without special tokens found in the text.
 
-    `vocab_size` is the largest id plus one. `bos_id` and `eos_id` are None where the tokenizer has none.
+    Encoding may be called from several threads at once. `vocab_size` is the largest id plus one. `bos_id` and `eos_id`
+    are None where the tokenizer has none.
     """
 
     path: str
@@ -40,7 +44,7 @@ class HuggingFaceTokenizer:
 
     def __init__(self, folder: Path) -> None:
         # Importing transformers takes seconds, and sentencepiece models do without it.
-        from transformers import AutoTokenizer
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
         try:
             tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
@@ -52,6 +56,12 @@ class HuggingFaceTokenizer:
             ) from error
         self.path = str(folder)
         self._tokenizer = tokenizer
+        self._lock = threading.Lock()
+        # A class that overrides either of these does something to the text before the Rust tokenizer has it.
+        self._is_plain_rust = isinstance(tokenizer, PreTrainedTokenizerFast) and all(
+            getattr(type(tokenizer), name) is getattr(PreTrainedTokenizerFast, name)
+            for name in ("__call__", "_encode_plus")
+        )
         self._ids: dict[str, int] = tokenizer.get_vocab()
         self.vocab_size = max(self._ids.values(), default=-1) + 1
         self.bos_id: int | None = tokenizer.bos_token_id
@@ -63,17 +73,30 @@ class HuggingFaceTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         if not texts:
             return []
-        # Without split_special_tokens a document that mentions "</s>" would end there.
-        encoded = self._tokenizer(
-            list(texts),
-            add_special_tokens=False,
-            split_special_tokens=True,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )
-        ids: list[list[int]] = encoded["input_ids"]
+        ids: list[list[int]]
+        if self._is_plain_rust:
+            encodings = self._rust.encode_batch_fast(list(texts), add_special_tokens=False)
+            return [encoding.ids for encoding in encodings]
+        with self._lock:  # transformers changes the tokenizer's state on every call
+            # Without split_special_tokens a document that mentions "</s>" would end there.
+            ids = self._tokenizer(
+                list(texts),
+                add_special_tokens=False,
+                split_special_tokens=True,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+                verbose=False,
+            )["input_ids"]
         return ids
+
+    @cached_property
+    def _rust(self) -> Any:
+        """The Rust tokenizer that transformers calls, set as it would set it; a copy, which nobody else changes."""
+        rust: Any = copy.deepcopy(self._tokenizer.backend_tokenizer)
+        rust.no_truncation()
+        rust.no_padding()
+        rust.encode_special_tokens = True
+        return rust
 
     def decode(self, ids: Sequence[int]) -> str:
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)

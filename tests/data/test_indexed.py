@@ -6,18 +6,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
 from megakd.common.errors import UserError
-from megakd.data.indexed import TokenStream, TokenWriter
+from megakd.data.indexed import TokenStream
+from megakd.data.token_writer import TokenWriter, token_dtype
 
 
 def write(prefix: Path, documents: list[list[int]], vocab_size: int = 1000) -> None:
-    writer = TokenWriter(prefix, vocab_size)
-    for document in documents:
-        writer.add_document(document)
+    writer = TokenWriter(prefix, token_dtype(vocab_size))
+    lengths = np.array([len(document) for document in documents], dtype=np.int32)
+    writer.add(np.array(sum(documents, []), dtype=np.int64), lengths)
     writer.finish()
 
 
@@ -57,11 +59,14 @@ def test_any_slice_is_the_concatenation_s(folder: Path, documents: list[list[int
 def test_files_of_several_sequences_per_document(tmp_path: Path) -> None:
     builder = IndexedDatasetBuilder(str(tmp_path / "train.bin"), dtype=np.int32)
     builder.add_document(np.array([1, 2, 3, 4]), [1, 3])
-    builder.add_document(np.array([5, 6]), [2])
+    builder.add_item(torch.tensor([5]))
+    builder.add_item(torch.tensor([6, 7]))
+    builder.end_document()
+    builder.add_document(np.array([8, 9]), [2])
     builder.finalize(str(tmp_path / "train.idx"))
     stream = TokenStream(tmp_path / "train")
-    assert (stream.num_documents, stream.num_tokens) == (2, 6)
-    assert stream.slice(0, 6).tolist() == [1, 2, 3, 4, 5, 6]
+    assert (stream.num_documents, stream.num_tokens) == (3, 9)
+    assert stream.slice(0, 9).tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9]
 
 
 def test_a_slice_is_the_caller_s_own(tmp_path: Path) -> None:
@@ -114,10 +119,3 @@ def test_empty_corpus(tmp_path: Path) -> None:
     write(tmp_path / "train", [])
     with pytest.raises(UserError, match="train.bin holds no tokens"):
         TokenStream(tmp_path / "train")
-
-
-def test_id_outside_the_file_s_integers(tmp_path: Path) -> None:
-    writer = TokenWriter(tmp_path / "train", 1000)
-    with pytest.raises(OverflowError):
-        writer.add_document([70000])
-    writer.abandon()

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import sentencepiece
 from tokenizers import Tokenizer as RustTokenizer
+from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 from megakd.common.errors import UserError
-from megakd.data.tokenizer import SentencePieceTokenizer, has_tokenizer, load_tokenizer
+from megakd.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, has_tokenizer, load_tokenizer
 
 
 def test_hugging_face_ids_are_the_tokenizers_library_s(hugging_face_folder: Path, corpus: list[str]) -> None:
@@ -87,3 +91,65 @@ def test_bad_paths(tmp_path: Path) -> None:
         load_tokenizer(tmp_path / "tokenizer.json")
     with pytest.raises(UserError, match="holds no tokenizer that transformers can load"):
         load_tokenizer(tmp_path)
+
+
+TEXTS = [
+    "a</s>b<s> c [CLS] [UNK]<extra>x  y",
+    "  two\n\n\ttabs ",
+    "Größe naïve 你好 \U0001f642\u200d e\u0301",
+    "",
+    " ",
+    "\0 nul \r\n",
+    "word " * 3000,
+]
+
+
+def word_piece() -> RustTokenizer:
+    trained = RustTokenizer(models.WordPiece(unk_token="[UNK]"))
+    trained.normalizer = normalizers.BertNormalizer()
+    trained.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.WordPieceTrainer(vocab_size=120, special_tokens=["[UNK]", "[CLS]"], show_progress=False)
+    trained.train_from_iterator(TEXTS, trainer)
+    trained.post_processor = processors.TemplateProcessing("[CLS] $A", special_tokens=[("[CLS]", 1)])
+    return trained
+
+
+def unigram() -> RustTokenizer:
+    trained = RustTokenizer(models.Unigram())
+    trained.normalizer = normalizers.NFKC()
+    trained.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    trainer = trainers.UnigramTrainer(
+        vocab_size=100, special_tokens=["<s>", "</s>", "<unk>"], unk_token="<unk>", show_progress=False
+    )
+    trained.train_from_iterator(TEXTS, trainer)
+    return trained
+
+
+@pytest.mark.parametrize("make", [None, word_piece, unigram])
+def test_the_rust_tokenizer_called_directly_gives_transformers_ids(
+    make: Callable[[], RustTokenizer] | None, hugging_face_folder: Path, tmp_path: Path
+) -> None:
+    folder = hugging_face_folder
+    if make is not None:
+        rust = make()
+        rust.add_tokens(["<extra>"])
+        rust.enable_truncation(max_length=5)
+        rust.enable_padding(length=9)
+        folder = tmp_path
+        PreTrainedTokenizerFast(tokenizer_object=rust).save_pretrained(folder)
+    tokenizer = load_tokenizer(folder)
+    assert isinstance(tokenizer, HuggingFaceTokenizer) and tokenizer._is_plain_rust
+    transformers = AutoTokenizer.from_pretrained(str(folder))
+    expected = transformers(TEXTS, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+    assert tokenizer.encode_batch(TEXTS) == expected
+    assert tokenizer.encode_batch([]) == [] and max(map(len, expected)) > 9
+
+
+def test_a_tokenizer_without_rust_and_a_class_of_its_own_go_through_transformers(tmp_path: Path) -> None:
+    # One byte per token, in Python.
+    ByT5Tokenizer().save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    assert isinstance(tokenizer, HuggingFaceTokenizer) and not tokenizer._is_plain_rust
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(tokenizer.encode_batch, [TEXTS] * 8))
+    assert results == [[[byte + 3 for byte in text.encode()] for text in TEXTS]] * 8

@@ -1,0 +1,102 @@
+"""What passes between the parts of preprocessing: sources yield records, encoders make documents of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megakd.data.tokenizer import Tokenizer
+
+# One JSON object, table row or text file: those of the encoder's fields that are there, at least one.
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why a record becomes no document.
+
+    `reason` is one of few short phrases, by which problems are counted; `detail` tells the person what is wrong here.
+    Neither ends in a full stop, and neither says where: the place is known to whoever read the record.
+    """
+
+    reason: str
+    detail: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}" if self.detail else self.reason
+
+
+# What a source yields: the line (of a JSONL or CSV file) or row (of a parquet file) counted from 1, and what is there.
+Item = tuple[int, Record | Problem]
+
+# The one problem that never stops a run: a record that is in order and has nothing to learn from.
+EMPTY = Problem("empty")
+NOT_UTF8 = Problem("not UTF-8 text")
+
+
+class Encoded(NamedTuple):
+    """A document: token ids [n], any integer type, n > 0, and for examples a mask [n]: 1 where a token is learned."""
+
+    ids: NDArray[np.integer[Any]]
+    mask: NDArray[np.uint8] | None = None
+
+
+class RecordEncoder(Protocol):
+    """Turns records into documents; may be called from two threads at once."""
+
+    def encode(self, records: Sequence[Record]) -> list[Encoded | Problem]:
+        """One result per record, in order; raises UserError only for what no other record would change."""
+        ...
+
+
+class EncoderSettings(Protocol):
+    """What an encoder is made from: a frozen dataclass of JSON values, pickled into each worker process.
+
+    A run that was interrupted goes on only with equal settings. `fields` are the keys or columns to read; a record
+    has at least one of them, and what else it must have is for `encode` to say. With `masks` every `Encoded` has a
+    mask, and the data set is of the kind "examples" instead of "text".
+    """
+
+    @property
+    def fields(self) -> tuple[str, ...]: ...
+
+    @property
+    def masks(self) -> bool: ...
+
+    def build(self, tokenizer: Tokenizer) -> RecordEncoder:
+        """The encoder, in the process that uses it; raises UserError where the tokenizer lacks what it needs."""
+        ...
+
+    def metadata(self) -> dict[str, Any]:
+        """What `<prefix>.json` says of the settings, for example {"appended_eod": True, "prepended_bos": False}."""
+        ...
+
+
+def text_problem(text: object, name: str) -> Problem | None:
+    """What keeps a value from being text that a tokenizer takes, or None; `name` is the key that messages name."""
+    if not isinstance(text, str):
+        kind = "null" if text is None else type(text).__name__
+        return Problem("wrong type", f"'{name}' is a {kind}, not a string")
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            return Problem("half a surrogate pair", f"'{name}' has one, which is no text")
+    return None
+
+
+def missing_key(fields: Sequence[str], there: Iterable[str]) -> Problem:
+    """None of the fields is among the keys that are there."""
+    wanted = " or ".join(f"'{name}'" for name in fields)
+    shown = ", ".join(list(there)[:20]) or "none"
+    return Problem("missing key", f"no {wanted} (there: {shown})")
+
+
+def damage(error: Exception) -> Problem:
+    """A file that cannot be read on, by what its reader says of it; the reading of the file ends there."""
+    said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return Problem("damaged file", " ".join(said.split())[:300].rstrip("."))
