@@ -21,6 +21,7 @@ INSTALL_REQUIRES = [
     "rich>=13.0",
     "tensorboard>=2.16",
     "matplotlib>=3.8",
+    "pyarrow>=18.0",
 ]
 DEV_REQUIRES = [
     "pytest>=8.0",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,30 +74,37 @@ def vocabulary_path(prefix: str | Path) -> Path:
     return Path(f"{prefix}.vocab.json.gz")
 
 
+def fingerprint(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What tells a tokenizer from others wherever its files lie: hashes of its pieces, ids of the probe texts."""
+    return {
+        "vocab_size": tokenizer.vocab_size,
+        "bos_id": tokenizer.bos_id,
+        "eod_id": tokenizer.eos_id,
+        "block": BLOCK,
+        "pieces_sha256": _block_hashes(tokenizer.pieces()),
+        "probe_ids": tokenizer.encode_batch(PROBE_TEXTS),
+    }
+
+
 def write_metadata(
-    prefix: str | Path, tokenizer: Tokenizer, *, documents: int, tokens: int, appended_eod: bool, prepended_bos: bool
+    prefix: str | Path, tokenizer: Tokenizer, *, kind: str, documents: int, tokens: int, settings: Mapping[str, Any]
 ) -> None:
-    """Write `<prefix>.json` and `<prefix>.vocab.json.gz`: counts, the tokenizer's fingerprint and its pieces."""
-    pieces = tokenizer.pieces()
+    """Write `<prefix>.json` and `<prefix>.vocab.json.gz`: counts, the tokenizer's fingerprint and its pieces.
+
+    `kind` is "text", or "examples" where a mask lies beside the tokens; `settings` are further keys, such as
+    `appended_eod`.
+    """
     metadata = {
         "format": FORMAT,
         "version": VERSION,
+        "kind": kind,
         "documents": documents,
         "tokens": tokens,
-        "appended_eod": appended_eod,
-        "prepended_bos": prepended_bos,
-        "tokenizer": {
-            "path": tokenizer.path,
-            "vocab_size": tokenizer.vocab_size,
-            "bos_id": tokenizer.bos_id,
-            "eod_id": tokenizer.eos_id,
-            "block": BLOCK,
-            "pieces_sha256": _block_hashes(pieces),
-            "probe_ids": tokenizer.encode_batch(PROBE_TEXTS),
-        },
+        **settings,
+        "tokenizer": {"path": tokenizer.path, **fingerprint(tokenizer)},
     }
     metadata_path(prefix).write_text(json.dumps(metadata) + "\n", encoding="utf-8")
-    packed = gzip.compress(json.dumps(pieces).encode("ascii"), mtime=0)
+    packed = gzip.compress(json.dumps(tokenizer.pieces()).encode("ascii"), mtime=0)
     vocabulary_path(prefix).write_bytes(packed)
 
 

@@ -1,52 +1,57 @@
-"""Text to token files: read documents, encode them, write a complete data set or nothing."""
+"""Text to token files: records are read, encoded and written to a folder aside until the data set is complete."""
 
 from __future__ import annotations
 
-import glob
+import contextlib
 import json
-import os
-import shutil
-import tempfile
 import time
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from megakd.common.errors import UserError
-from megakd.data.encoding import encode_documents
-from megakd.data.fingerprint import metadata_path, vocabulary_path, write_metadata
+from megakd.data.encoding import Chunk, Packed, encode_chunks, read_chunks
+from megakd.data.fingerprint import fingerprint, write_metadata
+from megakd.data.partial import Partial, check_outputs, output_paths
+from megakd.data.progress import InputBar, note
+from megakd.data.records import EMPTY, EncoderSettings, Problem
+from megakd.data.sources import DocumentsSource, Format, Source, file_sources
+from megakd.data.text_encoder import TextSettings
 from megakd.data.token_writer import TokenWriter, token_dtype
 from megakd.data.tokenizer import Tokenizer, load_tokenizer
 
-Format = Literal["auto", "jsonl", "text"]
-JSONL_ENDINGS = (".jsonl", ".ndjson")
-EMPTY = "empty"
-NOT_TEXT = "not UTF-8 text"
+OnError = Literal["skip", "stop"]
+SHOWN_PROBLEMS = 20
+COMMIT_SECONDS = 1.0  # making files durable takes milliseconds, and a source may be a file of one line
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run wrote: counts, the longest document in tokens, and what was dropped, by reason."""
+    """What a run wrote: counts, the longest document in tokens and its place, and what was dropped, by reason.
+
+    `seconds` and `tokens_per_second` are of this run, where it went on after another.
+    """
 
     prefix: str
     documents: int
     tokens: int
     longest: int
+    longest_place: str
     seconds: float
+    tokens_per_second: float
     dropped: dict[str, int]
 
     def lines(self) -> list[str]:
         """The summary as a person reads it."""
-        rate = self.tokens / max(self.seconds, 1e-9)
-        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(self.dropped.items()))
+        listed = f" (listed in {self.prefix}.skipped.jsonl)" if self.dropped else ""
         return [
             f"{self.prefix}.bin, .idx: {self.documents:,} documents, {self.tokens:,} tokens",
-            f"longest document {self.longest:,} tokens; {rate:,.0f} tokens/s in {self.seconds:.1f} s",
-            f"dropped: {reasons or 'nothing'}",
+            f"longest document {self.longest:,} tokens ({self.longest_place}); "
+            f"{self.tokens_per_second:,.0f} tokens/s in {self.seconds:.1f} s",
+            f"dropped: {_counts(self.dropped) or 'nothing'}{listed}",
         ]
 
 
@@ -54,37 +59,32 @@ def preprocess(
     inputs: Sequence[str],
     prefix: str | Path,
     tokenizer_path: str | Path,
+    settings: EncoderSettings | None = None,
     *,
     format: Format = "auto",
-    json_key: str = "text",
-    append_eod: bool = True,
-    prepend_bos: bool = False,
     workers: int = 1,
+    on_error: OnError = "stop",
     overwrite: bool = False,
 ) -> Summary:
     """Turn files, folders and glob patterns into `<prefix>.bin/.idx`, in the order given, folders sorted.
 
-    JSONL files (`auto`: by their ending) hold a document per line under `json_key`; any other file is one
-    document. Text files that are not UTF-8 and documents without tokens are dropped and counted. Raises
-    UserError, leaving nothing behind, at the first broken JSON line and where no document is left.
+    Without `settings` every record is a document of text under the key "text". Further as `write_sources`.
     """
-    _check_outputs(prefix, overwrite)
-    files = find_files(inputs)
-    outputs = {path.resolve() for path in _output_paths(prefix)}
-    for file in files:
-        if file.resolve() in outputs:
-            raise UserError(f"{file} is an input and an output of this run. Choose another --output-prefix.")
-    tokenizer = load_tokenizer(tokenizer_path)
-    dropped: Counter[str] = Counter()
-    return write_documents(
-        read_documents(files, format=format, json_key=json_key, dropped=dropped),
+    _check_prefix(prefix)
+    check_outputs(Path(prefix), overwrite)
+    sources = file_sources(inputs, format)
+    outputs = {path.resolve() for path in output_paths(Path(prefix))}
+    for source in sources:
+        if source.path.resolve() in outputs:
+            raise UserError(f"{source.path} is an input and an output of this run. Choose another --output-prefix.")
+    return write_sources(
+        sources,
         prefix,
-        tokenizer,
-        append_eod=append_eod,
-        prepend_bos=prepend_bos,
+        load_tokenizer(tokenizer_path),
+        TextSettings() if settings is None else settings,
         workers=workers,
+        on_error=on_error,
         overwrite=overwrite,
-        dropped=dropped,
     )
 
 
@@ -97,155 +97,204 @@ def write_documents(
     prepend_bos: bool = False,
     workers: int = 1,
     overwrite: bool = False,
-    dropped: Counter[str] | None = None,
 ) -> Summary:
-    """Write documents as [bos] + ids + [eos] to `<prefix>.bin/.idx`, with the tokenizer's fingerprint beside them.
+    """Write documents held in memory as [bos] + ids + [eos] to `<prefix>.bin/.idx`; further as `write_sources`."""
+    settings = TextSettings(append_eod=append_eod, prepend_bos=prepend_bos)
+    return write_sources(
+        [DocumentsSource(documents)], prefix, tokenizer, settings, workers=workers, overwrite=overwrite
+    )
 
-    The files are written aside and renamed at the end, the index last, so that a run that is interrupted leaves no
-    data set. `dropped` is what the documents' reader drops while it is read. Raises UserError where no document
-    is left, the tokenizer lacks a token that is asked for, or the output exists and `overwrite` is False.
+
+def write_sources(
+    sources: Sequence[Source],
+    prefix: str | Path,
+    tokenizer: Tokenizer,
+    settings: EncoderSettings,
+    *,
+    workers: int = 1,
+    on_error: OnError = "stop",
+    overwrite: bool = False,
+) -> Summary:
+    """Write what the sources hold to `<prefix>.bin/.idx`, with the tokenizer's fingerprint beside them.
+
+    The files grow in `.NAME.partial` beside the output and are renamed at the end, the index last: an interrupted run
+    leaves no data set, and the same call goes on after the last source that was finished. With `on_error` "skip"
+    problems are counted and listed in `<prefix>.skipped.jsonl`, with "stop" the first one, an empty record aside,
+    raises UserError with its place. UserError is also raised where no document is left, the tokenizer lacks a token
+    that is asked for, the output exists and `overwrite` is False, another run writes it, the folder is of another run
+    than this or a file cannot be written.
     """
-    _check_outputs(prefix, overwrite)
-    head = _special(tokenizer, "bos", tokenizer.bos_id, "Leave out --prepend-bos.") if prepend_bos else []
-    tail = _special(tokenizer, "eos", tokenizer.eos_id, "Use --no-append-eod.") if append_eod else []
-    dropped = Counter() if dropped is None else dropped
+    _check_prefix(prefix)
     prefix = Path(prefix)
-    prefix.parent.mkdir(parents=True, exist_ok=True)
+    settings.build(tokenizer)  # for its errors, before anything is written
+    job = {"tokenizer": fingerprint(tokenizer), "encoder": [type(settings).__name__, asdict(settings)]}  # type: ignore[call-overload]
     started = time.perf_counter()
-    count = tokens = longest = 0
-    aside = Path(tempfile.mkdtemp(prefix=f".{prefix.name}-", suffix=".partial", dir=prefix.parent))
+    partial: Partial | None = None
     try:
-        writer = TokenWriter(aside / "data", token_dtype(tokenizer.vocab_size))
-        try:
-            for ids in encode_documents(documents, tokenizer, workers):
-                if not ids:
-                    dropped[EMPTY] += 1
-                    continue
-                length = len(head) + len(ids) + len(tail)
-                writer.add(np.array([*head, *ids, *tail]), np.array([length], dtype=np.int32))
-                count, tokens, longest = count + 1, tokens + length, max(longest, length)
-            if not count:
-                raise UserError(_nothing_left(prefix, dropped))
-            writer.finish()
-        finally:
-            writer.close()
-        write_metadata(
-            aside / "data",
-            tokenizer,
-            documents=count,
-            tokens=tokens,
-            appended_eod=append_eod,
-            prepended_bos=prepend_bos,
-        )
-        _publish(aside / "data", prefix)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    return Summary(str(prefix), count, tokens, longest, time.perf_counter() - started, dict(dropped))
-
-
-def find_files(inputs: Sequence[str]) -> list[Path]:
-    """The files that the inputs name: files, folders (walked, sorted, without dot files) and glob patterns."""
-    files: list[Path] = []
-    for text in inputs:
-        path = Path(text)
-        paths = [path] if path.exists() else [Path(p) for p in sorted(glob.glob(text, recursive=True))]
-        if not paths:
-            raise UserError(f"--input {text}: no such file or folder, and no file matches it as a pattern.")
-        for found in paths:
-            # A pattern such as ** names a folder and, besides, every file in it.
-            if found.is_file():
-                files.append(found)
-            elif path.exists():
-                files.extend(_walk(found))
-    if not files:
-        raise UserError(
-            f"--input {' '.join(inputs)}: no file is there. Name files, folders or patterns that hold text."
-        )
-    return files
-
-
-def read_documents(
-    files: Iterable[Path], *, format: Format = "auto", json_key: str = "text", dropped: Counter[str]
-) -> Iterator[str]:
-    """Yield the documents of the files; text files that are not UTF-8 are counted in `dropped`."""
-    for file in files:
-        if format == "jsonl" or (format == "auto" and file.suffix.lower() in JSONL_ENDINGS):
-            yield from _read_jsonl(file, json_key)
-            continue
-        try:
-            text = file.read_bytes().decode("utf-8-sig")
-        except UnicodeDecodeError:
-            dropped[NOT_TEXT] += 1
-            continue
-        except OSError as error:
-            raise UserError(f"{file}: cannot be read ({error.strerror}).") from error
-        yield text
-
-
-def _read_jsonl(file: Path, json_key: str) -> Iterator[str]:
-    try:
-        lines = file.open("rb")  # bytes end lines at \n only; text mode has other ideas
+        partial = Partial(prefix, job, sources, overwrite=overwrite, skips=on_error == "skip")
+        tokens_before = partial.state.tokens
+        if partial.done:
+            note(f"going on after {partial.done} of {len(sources)} files")
+        if partial.outputs is None:
+            _Run(prefix, partial, sources, tokenizer, settings, on_error).run(workers)
+        partial.publish()
     except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror}).") from error
-    with lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield _json_text(line, f"{file}:{number}", json_key)
+        what = f"{prefix} cannot be written: {error.strerror or error}. Make room, or choose another --output-prefix."
+        raise UserError(what + _kept(partial, sources)) from error
+    except UserError as error:
+        raise UserError(f"{error}{_kept(partial, sources)}") from error
+    finally:
+        if partial is not None:
+            if not partial.keeps:
+                partial.remove()
+            partial.close()
+    state = partial.state
+    seconds = time.perf_counter() - started
+    rate = (state.tokens - tokens_before) / max(seconds, 1e-9)
+    dropped = state.dropped
+    return Summary(
+        str(prefix), state.documents, state.tokens, state.longest, state.longest_place, seconds, rate, dropped
+    )
 
 
-def _json_text(line: bytes, place: str, json_key: str) -> str:
-    remedy = "Correct or remove the line."
-    try:
-        record = json.loads(line.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{place}: not a line of JSON ({error}). {remedy}") from error
-    if not isinstance(record, dict):
-        raise UserError(f"{place}: a {type(record).__name__}, not a JSON object. {remedy}")
-    if json_key not in record:
-        keys = ", ".join(record) or "none"
-        raise UserError(f"{place}: no key '{json_key}' (keys there: {keys}). Name the text's key with --json-key.")
-    text = record[json_key]
-    if not isinstance(text, str):
-        raise UserError(f"{place}: '{json_key}' is a {type(text).__name__}, not a string. {remedy}")
-    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-        raise UserError(f"{place}: '{json_key}' has half of a surrogate pair, which is no text. {remedy}")
-    return text
+class _Run:
+    """Fills the partial folder from where it is."""
+
+    def __init__(
+        self,
+        prefix: Path,
+        partial: Partial,
+        sources: Sequence[Source],
+        tokenizer: Tokenizer,
+        settings: EncoderSettings,
+        on_error: OnError,
+    ) -> None:
+        self._prefix = prefix
+        self._partial = partial
+        self._sources = sources
+        self._tokenizer = tokenizer
+        self._settings = settings
+        self._on_error = on_error
+        self._state = state = partial.state
+        self._shown = 0
+        at = {"documents": state.documents, "tokens": state.tokens}
+        self._tokens = TokenWriter(partial.data, token_dtype(tokenizer.vocab_size), **at)
+        mask = partial.data.with_name(f"{partial.data.name}.mask")
+        self._mask = TokenWriter(mask, np.dtype(np.uint8), **at) if settings.masks else None
+        skipped_path = Path(f"{partial.data}.skipped.jsonl")
+        if state.skipped_bytes:
+            # What an interrupted run wrote behind its last journal line is written again.
+            with skipped_path.open("r+b") as file:
+                file.truncate(state.skipped_bytes)
+        self._skipped: Any = skipped_path.open("ab" if state.skipped_bytes else "wb")
+
+    def run(self, workers: int) -> None:
+        try:
+            try:
+                self._encode(workers)
+            except BaseException:
+                # Where this fails because the disk is full, what was durable before still is.
+                with contextlib.suppress(OSError):
+                    self._commit()
+                raise
+            self._commit()
+            if not self._state.documents:
+                self._partial.done = 0  # nothing to go on from
+                raise UserError(_nothing_left(self._prefix, self._state.dropped))
+            self._finish()
+        finally:
+            for file in (self._tokens, self._mask, self._skipped):
+                if file is not None:
+                    with contextlib.suppress(OSError):
+                        file.close()
+
+    def _encode(self, workers: int) -> None:
+        chunks = read_chunks(self._sources, self._settings.fields, self._partial.done)
+        committed = time.monotonic()
+        with (
+            InputBar(sum(source.size for source in self._sources)) as bar,
+            contextlib.closing(encode_chunks(chunks, self._tokenizer, self._settings, workers)) as results,
+        ):
+            for chunk, packed in results:
+                self._write(chunk, packed)
+                bar.update(chunk.position, len(packed.ids))
+                if time.monotonic() - committed >= COMMIT_SECONDS:
+                    self._commit()
+                    committed = time.monotonic()
+
+    def _write(self, chunk: Chunk, packed: Packed) -> None:
+        self._tokens.add(packed.ids, packed.lengths)
+        if self._mask is not None:
+            assert packed.mask is not None, "settings.masks says that every document has one"
+            self._mask.add(packed.mask, packed.lengths)
+        lengths = iter(packed.lengths.tolist())
+        state, record = self._state, 0
+        for source, line, problem in chunk.entries:
+            if not line:
+                self._partial.finish_source(source, state)
+                continue
+            if problem is None:
+                problem, record = packed.problems.get(record), record + 1
+            if problem is not None:
+                self._drop(self._sources[source].name, line, problem)
+                continue
+            length = next(lengths)
+            state.documents += 1
+            state.tokens += length
+            if length > state.longest:
+                state.longest, state.longest_place = length, f"{self._sources[source].name}:{line}"
+
+    def _drop(self, name: str, line: int, problem: Problem) -> None:
+        if problem != EMPTY:
+            place = f"{name}:{line}: {problem}"
+            if self._on_error == "stop":
+                raise UserError(f"{place}. Correct or remove it, or leave out what is wrong with --on-error skip.")
+            if self._shown < SHOWN_PROBLEMS:
+                note(f"skipped {place}")
+            elif self._shown == SHOWN_PROBLEMS:
+                note(f"skipped more; {self._prefix}.skipped.jsonl will list all of them")
+            self._shown += 1
+        detail = {"detail": problem.detail} if problem.detail else {}
+        entry = {"file": name, "line": line, "reason": problem.reason, **detail}
+        self._state.skipped_bytes += self._skipped.write(json.dumps(entry).encode() + b"\n")
+        self._state.dropped[problem.reason] = self._state.dropped.get(problem.reason, 0) + 1
+
+    def _commit(self) -> None:
+        files = [*self._tokens.files(), *(self._mask.files() if self._mask else []), self._skipped]
+        self._partial.commit(files)
+
+    def _finish(self) -> None:
+        self._tokens.finish()
+        if self._mask is not None:
+            self._mask.finish()
+        self._skipped.close()
+        if not self._state.skipped_bytes:
+            Path(self._skipped.name).unlink()
+        write_metadata(
+            self._partial.data,
+            self._tokenizer,
+            kind="examples" if self._settings.masks else "text",
+            documents=self._state.documents,
+            tokens=self._state.tokens,
+            settings=self._settings.metadata(),
+        )
+        self._partial.complete(self._state)
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    for root, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            path = Path(root, name)
-            if not name.startswith(".") and path.is_file():
-                yield path
-
-
-def _special(tokenizer: Tokenizer, name: str, index: int | None, remedy: str) -> list[int]:
-    if index is None:
-        raise UserError(f"the tokenizer {tokenizer.path} has no {name} token. {remedy}")
-    return [index]
-
-
-def _output_paths(prefix: str | Path) -> list[Path]:
-    # The index is last: without it nobody takes the others for a data set.
-    return [Path(f"{prefix}.bin"), vocabulary_path(prefix), metadata_path(prefix), Path(f"{prefix}.idx")]
-
-
-def _check_outputs(prefix: str | Path, overwrite: bool) -> None:
-    if Path(prefix).name in ("", ".", "..") or str(prefix).endswith(("/", os.sep)):
+def _check_prefix(prefix: str | Path) -> None:
+    if Path(prefix).name in ("", ".", "..") or str(prefix).endswith("/"):
         raise UserError(f"--output-prefix {prefix} names a folder. Add a name, for example {Path(prefix) / 'train'}.")
-    for path in _output_paths(prefix):
-        if path.exists() and not overwrite:
-            raise UserError(f"{path} exists. Use --overwrite to replace it, or another --output-prefix.")
 
 
-def _publish(aside: Path, prefix: Path) -> None:
-    Path(f"{prefix}.idx").unlink(missing_ok=True)
-    for source, target in zip(_output_paths(aside), _output_paths(prefix), strict=True):
-        os.replace(source, target)
+def _kept(partial: Partial | None, sources: Sequence[Source]) -> str:
+    if partial is None or not partial.keeps:
+        return ""
+    return f" {partial.done} of {len(sources)} files are done; the same command goes on after them."
 
 
-def _nothing_left(prefix: Path, dropped: Counter[str]) -> str:
-    reasons = ", ".join(f"{count} dropped as {reason}" for reason, count in sorted(dropped.items()))
-    return f"no document for {prefix}: the input has {reasons or 'none'}. Nothing was written; check --input."
+def _nothing_left(prefix: Path, dropped: dict[str, int]) -> str:
+    return f"no document for {prefix}: the input has {_counts(dropped) or 'none'}. Nothing was written; check --input."
+
+
+def _counts(dropped: dict[str, int]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()))

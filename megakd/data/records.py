@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -36,8 +36,12 @@ CONTEXT, EARLIER, RESPONSE = 0, 1, 2
 NO_END = "response without an end-of-turn token"
 SPECIAL_TEXT = "special token's text in the content"
 
+# What a source yields: the line (of a JSONL or CSV file) or row (of a parquet file) counted from 1, and what is there.
+Item = tuple[int, Record | Problem]
+
 # The one problem that never stops a run: a record that is in order and has nothing to learn from.
 EMPTY = Problem("empty")
+NOT_UTF8 = Problem("not UTF-8 text")
 
 
 class Encoded(NamedTuple):
@@ -93,3 +97,16 @@ def text_problem(text: object, name: str) -> Problem | None:
         except UnicodeEncodeError:
             return Problem("half a surrogate pair", f"'{name}' has one, which is no text")
     return None
+
+
+def missing_key(fields: Sequence[str], there: Iterable[str]) -> Problem:
+    """None of the fields is among the keys that are there."""
+    wanted = " or ".join(f"'{name}'" for name in fields)
+    shown = ", ".join(list(there)[:20]) or "none"
+    return Problem("missing key", f"no {wanted} (there: {shown})")
+
+
+def damage(error: Exception) -> Problem:
+    """A file that cannot be read on, by what its reader says of it; the reading of the file ends there."""
+    said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return Problem("damaged file", " ".join(said.split())[:300].rstrip("."))

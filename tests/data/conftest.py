@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CORPUS = [
@@ -78,6 +79,19 @@ def sentencepiece_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         minloglevel=2,
     )
     return prefix.with_suffix(".model")
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer whose ids are the text's bytes; </s> is 256."""
+    alphabet = bytes_to_unicode()
+    vocabulary = {alphabet[byte]: byte for byte in range(256)}
+    rust = RustTokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    rust.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    rust.add_special_tokens(["</s>"])
+    folder = tmp_path_factory.mktemp("bytes")
+    PreTrainedTokenizerFast(tokenizer_object=rust, eos_token="</s>").save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

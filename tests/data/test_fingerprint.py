@@ -25,7 +25,7 @@ from megakd.data.tokenizer import load_tokenizer
 
 def record(prefix: Path, tokenizer_path: Path) -> Path:
     tokenizer = load_tokenizer(tokenizer_path)
-    write_metadata(prefix, tokenizer, documents=1, tokens=2, appended_eod=True, prepended_bos=False)
+    write_metadata(prefix, tokenizer, kind="text", documents=1, tokens=2, settings={"appended_eod": True})
     return prefix
 
 

@@ -7,20 +7,25 @@ import json
 import os
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import sentencepiece
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from tokenizers import Tokenizer as RustTokenizer
 
 from megakd.common.errors import UserError
+from megakd.data import encoding
 from megakd.data.fingerprint import check_same_tokenizer, read_metadata
 from megakd.data.indexed import TokenStream
-from megakd.data.preprocess import find_files, preprocess, write_documents
+from megakd.data.preprocess import preprocess, write_documents
+from megakd.data.text_encoder import TextSettings
 from megakd.data.tokenizer import load_tokenizer
+from tests.data.half_learned import HalfLearnedSettings
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "preprocess_data.py"
 
@@ -33,6 +38,11 @@ def documents_of(prefix: Path) -> list[list[int]]:
 def write_jsonl(path: Path, texts: list[str], key: str = "text") -> Path:
     path.write_text("".join(json.dumps({"id": i, key: text}) + "\n" for i, text in enumerate(texts)))
     return path
+
+
+def skipped(prefix: Path) -> list[tuple[str, int, str]]:
+    lines = Path(f"{prefix}.skipped.jsonl").read_text().splitlines()
+    return [(entry["file"], entry["line"], entry["reason"]) for entry in map(json.loads, lines)]
 
 
 def listing(folder: Path) -> list[str]:
@@ -63,9 +73,7 @@ def test_bos_and_eod_with_a_sentencepiece_model(sentencepiece_file: Path, corpus
             [str(source)],
             tmp_path / "train",
             sentencepiece_file,
-            json_key="body",
-            prepend_bos=bos,
-            append_eod=eod,
+            TextSettings("body", append_eod=eod, prepend_bos=bos),
             overwrite=True,
         )
         expected = [[1] * bos + reference.encode(text) + [2] * eod for text in corpus]
@@ -90,32 +98,22 @@ def test_folders_are_walked_in_sorted_order(sentencepiece_file: Path, tmp_path: 
     write_jsonl(folder / "c.jsonl", ["one", "two"])
     (folder / "binary.dat").write_bytes(b"\xff\xfe\x00")
     (folder / "empty.txt").write_text("")
-    summary = preprocess([str(folder)], tmp_path / "train", sentencepiece_file)
+    summary = preprocess([str(folder)], tmp_path / "train", sentencepiece_file, on_error="skip")
     reference = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_file))
     expected = ["bb", "one", "two", "cc", "zz"]
     assert documents_of(tmp_path / "train") == [[*reference.encode(text), 2] for text in expected]
     assert summary.dropped == {"not UTF-8 text": 1, "empty": 1}
-    assert "dropped: 1 empty, 1 not UTF-8 text" in summary.lines()
+    assert f"dropped: 1 empty, 1 not UTF-8 text (listed in {tmp_path}/train.skipped.jsonl)" in summary.lines()
+    assert skipped(tmp_path / "train") == [
+        (f"{folder}/binary.dat", 1, "not UTF-8 text"),
+        (f"{folder}/empty.txt", 1, "empty"),
+    ]
 
 
 def test_format_overrides_the_ending(sentencepiece_file: Path, tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "in.txt", ["one", "two"])
     assert preprocess([str(source)], tmp_path / "a", sentencepiece_file).documents == 1
     assert preprocess([str(source)], tmp_path / "b", sentencepiece_file, format="jsonl").documents == 2
-
-
-def test_patterns(tmp_path: Path) -> None:
-    for name in ("b.py", "a.py", "c.txt", "sub/d.py"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("x")
-    assert find_files([f"{tmp_path}/*.py"]) == [tmp_path / "a.py", tmp_path / "b.py"]
-    found = find_files([f"{tmp_path}/c.txt", f"{tmp_path}/**/*.py"])
-    assert found[0] == tmp_path / "c.txt" and sorted(found[1:]) == sorted(tmp_path.rglob("*.py"))
-    with pytest.raises(UserError, match=r"--input .*nothing\*: no such file or folder"):
-        find_files([f"{tmp_path}/nothing*"])
-    (tmp_path / "bare").mkdir()
-    with pytest.raises(UserError, match="no file is there"):
-        find_files([f"{tmp_path}/bare"])
 
 
 def test_line_ends_and_blank_lines_inside_jsonl(sentencepiece_file: Path, tmp_path: Path) -> None:
@@ -125,25 +123,91 @@ def test_line_ends_and_blank_lines_inside_jsonl(sentencepiece_file: Path, tmp_pa
     assert preprocess([str(source)], tmp_path / "train", sentencepiece_file).documents == 1
 
 
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        (b'{"text": "a"', r"in.jsonl:2: not a line of JSON"),
-        (b'{"text": "\xff"}', r"in.jsonl:2: not a line of JSON"),
-        (b"[" * 100_000, r"in.jsonl:2: not a line of JSON"),
-        (b'["a"]', r"in.jsonl:2: a list, not a JSON object"),
-        (b'{"body": "a", "id": 1}', r"in.jsonl:2: no key 'text' \(keys there: body, id\).*--json-key"),
-        (b'{"text": 5}', r"in.jsonl:2: 'text' is a int, not a string"),
-        (b'{"text": "\\ud800"}', r"in.jsonl:2: 'text' has half of a surrogate pair"),
-    ],
-)
-def test_bad_lines_stop_the_run_and_leave_nothing(
-    sentencepiece_file: Path, tmp_path: Path, line: bytes, message: str
+BAD_LINES = [
+    (b'{"text": "a"', "not JSON", "not JSON: Expecting"),
+    (b'{"text": "\xff"}', "not UTF-8 text", "not UTF-8 text. Correct"),
+    (b"[" * 100_000, "not JSON", "not JSON: "),
+    (b'{"text": "a\0b"}', "not JSON", "not JSON: Invalid control character"),
+    (b'["a"]', "not a JSON object", "not a JSON object: a list"),
+    (b'{"body": "a", "id": 1}', "missing key", r"missing key: no 'text' \(there: body, id\)"),
+    (b'{"text": 5}', "wrong type", "wrong type: 'text' is a int, not a string"),
+    (b'{"text": null}', "wrong type", "wrong type: 'text' is a null, not a string"),
+    (b'{"text": "\\ud800"}', "half a surrogate pair", "half a surrogate pair: 'text' has one"),
+]
+
+
+@pytest.mark.parametrize(("line", "reason", "message"), BAD_LINES)
+def test_a_bad_line_stops_the_run_and_leaves_nothing_or_is_skipped(
+    sentencepiece_file: Path, tmp_path: Path, line: bytes, reason: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "in.jsonl").write_bytes(b'{"text": "fine"}\n' + line + b"\n")
-    with pytest.raises(UserError, match=message):
-        preprocess([str(tmp_path / "in.jsonl")], tmp_path / "train", sentencepiece_file)
-    assert listing(tmp_path) == ["in.jsonl"]
+    source = tmp_path / "in.jsonl"
+    source.write_bytes(b'{"text": "fine"}\n' + line + b'\n{"text": "a\\u0000b"}\n')
+    with pytest.raises(UserError, match=f"in.jsonl:2: {message}.*--on-error skip"):
+        preprocess([str(source)], tmp_path / "train", sentencepiece_file)
+    assert listing(tmp_path) == ["in.jsonl"] and capsys.readouterr().err == ""
+    summary = preprocess([str(source)], tmp_path / "train", sentencepiece_file, on_error="skip")
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_file))
+    assert documents_of(tmp_path / "train") == [[*reference.encode(text), 2] for text in ("fine", "a\0b")]
+    assert summary.dropped == {reason: 1} and skipped(tmp_path / "train") == [(str(source), 2, reason)]
+    assert capsys.readouterr().err.startswith(f"skipped {source}:2: {reason}")
+
+
+def test_a_long_line_is_a_document_and_its_place_is_told(sentencepiece_file: Path, tmp_path: Path) -> None:
+    long = "one two three four " * 550_000
+    source = write_jsonl(tmp_path / "in.jsonl", ["short", long, "short"])
+    summary = preprocess([str(source)], tmp_path / "train", sentencepiece_file)
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_file))
+    assert documents_of(tmp_path / "train")[1] == [*reference.encode(long), 2]
+    assert summary.longest_place == f"{source}:2" and f"({source}:2)" in summary.lines()[1]
+
+
+def test_the_first_twenty_are_shown_and_all_are_listed(
+    sentencepiece_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"text": "fine"}\n' + 'bad\n{"text": ""}\n' * 30)
+    summary = preprocess([str(source)], tmp_path / "train", sentencepiece_file, on_error="skip")
+    shown = capsys.readouterr().err.splitlines()
+    assert len(shown) == 21 and shown[19].startswith(f"skipped {source}:40: not JSON")
+    assert shown[20] == f"skipped more; {tmp_path}/train.skipped.jsonl will list all of them"
+    assert summary.dropped == {"not JSON": 30, "empty": 30}
+    expected = [(str(source), line, "empty" if line % 2 else "not JSON") for line in range(2, 62)]
+    assert skipped(tmp_path / "train") == expected
+
+
+GOOD = st.text(st.characters(codec="utf-8"), min_size=1, max_size=30).filter(lambda text: text.strip())
+BAD = st.sampled_from([line for line, _, _ in BAD_LINES if len(line) < 1000])
+
+
+@settings(max_examples=60, deadline=None)
+@given(lines=st.lists(st.one_of(GOOD, BAD, st.sampled_from(["", b"", b"  "])), max_size=40), data=st.data())
+def test_every_good_line_arrives_and_every_bad_one_is_listed(
+    byte_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory, lines: list[str | bytes], data: st.DataObject
+) -> None:
+    folder = tmp_path_factory.mktemp("fuzz")
+    written, documents, bad = [], ["first"], []
+    ascii_only = data.draw(st.booleans())
+    for number, line in enumerate(["first", *lines], start=1):
+        if isinstance(line, bytes):
+            written.append(line)
+            if line.strip():
+                bad.append((str(folder / "in.jsonl"), number))
+            continue
+        written.append(json.dumps({"text": line}, ensure_ascii=ascii_only).encode())
+        if line:
+            documents += [line] if number > 1 else []
+        else:
+            bad.append((str(folder / "in.jsonl"), number))
+    end = data.draw(st.sampled_from([b"\n", b"\r\n"]))
+    (folder / "in.jsonl").write_bytes(end.join(written) + data.draw(st.sampled_from([b"", end])))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encoding, "CHUNK_RECORDS", data.draw(st.integers(1, 9)))
+        summary = preprocess([str(folder / "in.jsonl")], folder / "train", byte_tokenizer, on_error="skip")
+    found = [bytes(ids[:-1]).decode() for ids in documents_of(folder / "train")]
+    assert found == documents and summary.documents == len(documents)
+    listed = skipped(folder / "train") if bad else []
+    assert [entry[:2] for entry in listed] == bad
+    assert sum(summary.dropped.values()) == len(bad) and (folder / "train.skipped.jsonl").exists() == bool(bad)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +215,7 @@ def test_bad_lines_stop_the_run_and_leave_nothing(
     [
         (b"", "the input has none"),
         (b"\n\n", "the input has none"),
-        (b'{"text": ""}\n', "the input has 1 dropped as empty"),
+        (b'{"text": ""}\n', "the input has 1 empty"),
     ],
 )
 def test_no_document_left(sentencepiece_file: Path, tmp_path: Path, contents: bytes, message: str) -> None:
@@ -232,10 +296,31 @@ def test_tokenizer_without_the_tokens_asked_for(corpus: list[str], tmp_path: Pat
     assert write_documents(corpus, tmp_path / "train", tokenizer, append_eod=False).documents == len(corpus)
 
 
-def test_the_reader_s_drops_are_in_the_summary(sentencepiece_file: Path, tmp_path: Path) -> None:
-    dropped: Counter[str] = Counter(duplicate=3)
-    summary = write_documents(["", "a"], tmp_path / "train", load_tokenizer(sentencepiece_file), dropped=dropped)
-    assert summary.dropped == {"duplicate": 3, "empty": 1}
+@pytest.mark.parametrize("workers", [1, 2])
+def test_masks_lie_beside_the_tokens(sentencepiece_file: Path, corpus: list[str], tmp_path: Path, workers: int) -> None:
+    texts = corpus * 3
+    texts[5] = "odd"
+    source = write_jsonl(tmp_path / "in.jsonl", texts, key="body")
+    preprocess(
+        [str(source)],
+        tmp_path / "train",
+        sentencepiece_file,
+        HalfLearnedSettings(),
+        on_error="skip",
+        workers=workers,
+    )
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_file))
+    expected = [reference.encode(text) for text in texts if text != "odd"]
+    assert documents_of(tmp_path / "train") == expected
+    masks = IndexedDataset(str(tmp_path / "train.mask"))
+    assert masks[0].dtype == np.uint8
+    assert [masks[i].tolist() for i in range(len(masks))] == [[i % 2 for i in range(len(ids))] for ids in expected]
+    metadata = read_metadata(tmp_path / "train")
+    assert metadata is not None and metadata["kind"] == "examples" and metadata["half"]
+    write_documents(["one"], tmp_path / "train", load_tokenizer(sentencepiece_file), overwrite=True)
+    metadata = read_metadata(tmp_path / "train")
+    assert metadata is not None and metadata["kind"] == "text" and metadata["appended_eod"]
+    assert listing(tmp_path) == ["in.jsonl", "train.bin", "train.idx", "train.json", "train.vocab.json.gz"]
 
 
 def test_the_tool_runs_from_a_clone_and_says_what_it_did(sentencepiece_file: Path, tmp_path: Path) -> None:
@@ -269,7 +354,7 @@ def test_the_tool_s_errors_are_one_line_and_status_2(
 
     for source, line in [
         ("empty.jsonl", f"error: no document for {tmp_path}/train: the input has none."),
-        ("in.jsonl", f"error: {tmp_path}/in.jsonl:2: not a line of JSON"),
+        ("in.jsonl", f"error: {tmp_path}/in.jsonl:2: not JSON: "),
         ("missing.jsonl", f"error: --input {tmp_path}/missing.jsonl: no such file"),
     ]:
         status, error = run(source)

@@ -40,10 +40,10 @@ def save_llama(
 
 def write_tokens(prefix: Path, tokens: np.ndarray, vocab: int = VOCAB) -> None:
     """A `.bin/.idx` pair of one document."""
-    from megakd.data.indexed import TokenWriter
+    from megakd.data.token_writer import TokenWriter, token_dtype
 
-    writer = TokenWriter(prefix, vocab)
-    writer.add_document(tokens)
+    writer = TokenWriter(prefix, token_dtype(vocab))
+    writer.add(tokens, np.array([len(tokens)], dtype=np.int32))
     writer.finish()
 
 
