@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
 import importlib.util
+import io
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import sentencepiece
 from hypothesis import given, settings
@@ -23,6 +29,7 @@ from megakd.data import encoding
 from megakd.data.fingerprint import check_same_tokenizer, read_metadata
 from megakd.data.indexed import TokenStream
 from megakd.data.preprocess import preprocess, write_documents
+from megakd.data.progress import InputBar
 from megakd.data.text_encoder import TextSettings
 from megakd.data.tokenizer import load_tokenizer
 from tests.data.half_learned import HalfLearnedSettings
@@ -334,13 +341,70 @@ def test_the_tool_runs_from_a_clone_and_says_what_it_did(sentencepiece_file: Pat
     assert [document[0] for document in documents_of(tmp_path / "out" / "train")] == [1, 1]
 
 
-def test_the_tool_s_errors_are_one_line_and_status_2(
-    sentencepiece_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def load_tool() -> ModuleType:
     spec = importlib.util.spec_from_file_location("preprocess_data", TOOL)
     assert spec is not None and spec.loader is not None
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
+    return tool
+
+
+def test_the_options_that_megatron_s_users_type(tmp_path: Path) -> None:
+    needed = ["--input", "a", "--output-prefix", "b", "--tokenizer", "c"]
+
+    def parsed(*options: str) -> tuple[str, bool]:
+        found = load_tool().build_parser().parse_args([*needed, *options])
+        return found.text_key, found.append_eod
+
+    assert parsed() == ("text", True) == parsed("--append-eod")
+    assert parsed("--json-keys", "body", "--no-append-eod") == ("body", False)
+    assert parsed("--json-key", "body") == parsed("--text-key", "body") == ("body", True)
+
+
+def test_every_format_gives_the_same_tokens(sentencepiece_file: Path, corpus: list[str], tmp_path: Path) -> None:
+    lines = "".join(json.dumps({"id": 1, "text": text}) + "\n" for text in corpus).encode()
+    cells = io.StringIO(newline="")
+    csv.writer(cells).writerows([("text", "id"), *((text, 1) for text in corpus)])
+    zstd = pyarrow.Codec("zstd")
+    for name, data in {
+        "a.jsonl": lines,
+        "b.jsonl.gz": gzip.compress(lines),
+        "c.ndjson.zst": zstd.compress(lines, asbytes=True),
+        "d.csv": cells.getvalue().encode(),
+        "e.csv.zst": zstd.compress(cells.getvalue().encode(), asbytes=True),
+    }.items():
+        (tmp_path / name).write_bytes(data)
+    pyarrow.parquet.write_table(pyarrow.table({"text": corpus}), tmp_path / "f.parquet")
+    folder = tmp_path / "g"
+    folder.mkdir()
+    for number, text in enumerate(corpus):
+        (folder / f"{number}.txt.gz").write_bytes(gzip.compress(text.encode()))
+    written = []
+    for path in sorted(tmp_path.glob("*")):
+        preprocess([str(path)], tmp_path / "out" / path.name, sentencepiece_file)
+        written.append([(tmp_path / "out" / f"{path.name}.{ending}").read_bytes() for ending in ("bin", "idx")])
+    assert len(written) == 7 and written == [written[0]] * 7
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_file))
+    assert documents_of(tmp_path / "out" / "f.parquet") == [[*reference.encode(text), 2] for text in corpus]
+
+
+def test_the_bar_is_for_terminals_only(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def shown() -> str:
+        with InputBar(1000) as bar:
+            bar.update(500, 12345)
+        return capsys.readouterr().err
+
+    assert shown() == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    bar = shown()
+    assert "0.5/1.0 kB" in bar and "tokens/s" in bar
+
+
+def test_the_tool_s_errors_are_one_line_and_status_2(
+    sentencepiece_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tool = load_tool()
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "in.jsonl").write_text('{"text": "a"}\n{"text": \n')
 
