@@ -13,6 +13,8 @@ INSTALL_REQUIRES = [
     "einops>=0.8",
     "transformers>=5.0,<6",
     "tokenizers>=0.22",
+    # For chat templates; transformers takes no older one.
+    "jinja2>=3.1.6",
     "sentencepiece>=0.2",
     "safetensors>=0.6",
     "numpy>=1.26,<3",

@@ -32,7 +32,8 @@ LIBRARIES = {
     "transformer_engine": {"platform", "models.layer_specs"},
     "apex": {"platform"},
     "triton": {"platform", "losses.kernels"},
-    "transformers": {"convert", "data.tokenizer", "report.quickstart"},
+    "jinja2": {"data.chat_template"},
+    "transformers": {"convert", "data.tokenizer", "data.chat_template", "report.quickstart"},
 }
 NO_TORCH = {"common", "config"}
 

@@ -1,8 +1,9 @@
-"""Write JSONL, CSV, parquet or text files as token files (.bin/.idx) for training: see --help."""
+"""Write JSONL, CSV, parquet or text files as token files (.bin/.idx) for training, or `inspect` such: see --help."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import warnings
@@ -17,11 +18,12 @@ if find_spec("megakd") is None:
 
 from megakd.common.errors import UserError
 
-EPILOG = """Each document becomes [bos] text eos. The files grow in a folder .NAME.partial beside the output and appear
+EPILOG = """Text becomes [bos] text eos. Conversations, and prompts with responses, become examples, with a mask of what
+the assistant wrote in PREFIX.mask.bin and .idx. The files grow in a folder .NAME.partial beside the output and appear
 when they are complete: PREFIX.bin and PREFIX.idx (megatron-core's format), PREFIX.json and PREFIX.vocab.json.gz (the
 tokenizer's fingerprint, by which training checks that the teacher reads the same ids), and PREFIX.skipped.jsonl where
 anything was left out. After an interruption the same command goes on after the last input file that was finished.
-docs/data.md tells more."""
+`preprocess_data.py inspect PREFIX` prints documents with what counts of them marked. docs/data.md tells more."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -38,10 +40,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--text-key",
         "--json-key",
         "--json-keys",
-        default="text",
         metavar="KEY",
         help="key (JSONL) or column (CSV, parquet) of the text (default: text)",
     )
+    _add_examples(parser)
     parser.add_argument(
         "--format",
         choices=("auto", "jsonl", "csv", "parquet", "text"),
@@ -52,10 +54,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--append-eod",
         action=argparse.BooleanOptionalAction,
-        default=True,
-        help="end each document with the eos token (default: yes)",
+        default=None,
+        help="end each text, and each response behind its prompt, with the eos token (default: yes)",
     )
-    parser.add_argument("--prepend-bos", action="store_true", help="begin each document with the bos token")
+    parser.add_argument("--prepend-bos", action="store_true", help="begin with the bos token")
     parser.add_argument(
         "--on-error",
         choices=("stop", "skip"),
@@ -67,16 +69,79 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_examples(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("conversations and instructions")
+    group.add_argument(
+        "--record",
+        choices=("auto", "text", "messages", "prompt"),
+        default="auto",
+        help="what a record is; auto (default): by the keys of the first one",
+    )
+    group.add_argument("--messages-key", metavar="KEY", help="key of the list of messages (default: messages)")
+    group.add_argument("--tools-key", metavar="KEY", help="key of the tools, if any (default: tools)")
+    group.add_argument("--prompt-key", metavar="KEY", help="key of the prompt (default: prompt)")
+    group.add_argument("--response-key", metavar="KEY", help="key of the response (default: response)")
+    group.add_argument("--system-key", metavar="KEY", help="key of the system text, if any (default: system)")
+    group.add_argument(
+        "--prompt-template",
+        metavar="TEXT",
+        help="what stands before the response, with {prompt} and perhaps {system} in it (default: {prompt})",
+    )
+    group.add_argument(
+        "--apply-chat-template",
+        action="store_true",
+        help="make a chat of [system,] prompt and response, and render it with the chat template",
+    )
+    group.add_argument(
+        "--chat-template", metavar="FILE", help="a jinja file in place of the tokenizer's own chat template"
+    )
+
+
+def build_inspect_parser() -> argparse.ArgumentParser:
+    """The options of `inspect`."""
+    parser = argparse.ArgumentParser(
+        prog="preprocess_data.py inspect",
+        description="Print documents of a data set, with special tokens, and what counts of examples marked: in "
+        "colour on a terminal, else between \u27e6 and \u27e7 (\u27e61: in turns before the last).",
+    )
+    parser.add_argument("prefix", metavar="PREFIX", help="path of the data set without .bin/.idx")
+    parser.add_argument("--start", type=int, default=0, metavar="I", help="first document, from 0 (default: 0)")
+    parser.add_argument("--samples", type=int, default=3, metavar="N", help="how many documents (default: 3)")
+    parser.add_argument("--tokenizer", metavar="PATH", help="default: the one that PREFIX.json names")
+    return parser
+
+
+def inspect(arguments: list[str]) -> int:
+    """Run `inspect`; 0 on success, 2 with an error line on bad input."""
+    options = build_inspect_parser().parse_args(arguments)
+    from megakd.data.inspection import inspect_tokens
+
+    try:
+        inspect_tokens(options.prefix, options.tokenizer, start=options.start, samples=options.samples)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        # The reader, such as head, has seen enough; nothing may be written at the end either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; 0 on success, 2 with an error line on bad input, 130 or 143 when interrupted."""
-    options = build_parser().parse_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
     # megatron-core warns on import about kernels that reading and writing token files never use.
     warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+    if arguments[:1] == ["inspect"]:
+        return inspect(arguments[1:])
+    options = build_parser().parse_args(arguments)
     from megakd.data.preprocess import preprocess
-    from megakd.data.text_encoder import TextSettings
+    from megakd.data.record_kind import RecordOptions, record_settings
 
-    settings = TextSettings(options.text_key, append_eod=options.append_eod, prepend_bos=options.prepend_bos)
+    given = {name: getattr(options, name) for name in RecordOptions.__dataclass_fields__}
+    given["record"] = None if options.record == "auto" else options.record
     try:
+        settings = record_settings(RecordOptions(**given), options.input, options.format)
         with _terminated_like_interrupted():
             summary = preprocess(
                 options.input,

@@ -48,13 +48,15 @@ class Chunk:
 class Packed(NamedTuple):
     """A chunk's documents, one after another.
 
-    `ids` and `mask` are [sum of lengths], `lengths` is [documents]; `problems` are by the record's number.
+    `ids` and `mask` are [sum of lengths], `lengths` is [documents]; `problems`, and the `notes` of documents that have
+    some, are by the record's number.
     """
 
     ids: NDArray[np.integer[Any]]
     mask: NDArray[np.uint8] | None
     lengths: NDArray[np.int32]
     problems: dict[int, Problem]
+    notes: dict[int, tuple[str, ...]]
 
 
 def read_chunks(sources: Sequence[Source], fields: Sequence[str], start: int = 0) -> Iterator[Chunk]:
@@ -129,15 +131,16 @@ def encode_records(encoder: RecordEncoder, records: Sequence[Record]) -> Packed:
     results = encoder.encode(records)
     documents = [result for result in results if isinstance(result, Encoded)]
     problems = {number: result for number, result in enumerate(results) if isinstance(result, Problem)}
+    notes = {n: result.notes for n, result in enumerate(results) if isinstance(result, Encoded) and result.notes}
     assert len(results) == len(records), "one result per record"
     lengths = np.array([len(document.ids) for document in documents], dtype=np.int32)
     if not documents:
-        return Packed(np.empty(0, dtype=np.int32), np.empty(0, dtype=np.uint8), lengths, problems)
+        return Packed(np.empty(0, dtype=np.int32), np.empty(0, dtype=np.uint8), lengths, problems, notes)
     masks = [document.mask for document in documents if document.mask is not None]
     mask = np.concatenate(masks) if masks else None
     ids = np.concatenate([document.ids for document in documents])
     assert mask is None or len(mask) == len(ids), "every document has a mask of its length, or none has"
-    return Packed(ids, mask, lengths, problems)
+    return Packed(ids, mask, lengths, problems, notes)
 
 
 _encoder: RecordEncoder | None = None  # of a worker process, built when its first chunk comes

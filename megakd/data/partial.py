@@ -30,6 +30,7 @@ class State:
     longest: int = 0
     longest_place: str = ""
     dropped: dict[str, int] = field(default_factory=dict)
+    noted: dict[str, int] = field(default_factory=dict)
 
 
 def partial_path(prefix: Path) -> Path:

@@ -32,7 +32,8 @@ COMMIT_SECONDS = 1.0  # making files durable takes milliseconds, and a source ma
 class Summary:
     """What a run wrote: counts, the longest document in tokens and its place, and what was dropped, by reason.
 
-    `seconds` and `tokens_per_second` are of this run, where it went on after another.
+    `noted` counts documents that were written, by what is worth knowing of them. `seconds` and `tokens_per_second` are
+    of this run, where it went on after another.
     """
 
     prefix: str
@@ -43,6 +44,7 @@ class Summary:
     seconds: float
     tokens_per_second: float
     dropped: dict[str, int]
+    noted: dict[str, int]
 
     def lines(self) -> list[str]:
         """The summary as a person reads it."""
@@ -52,6 +54,7 @@ class Summary:
             f"longest document {self.longest:,} tokens ({self.longest_place}); "
             f"{self.tokens_per_second:,.0f} tokens/s in {self.seconds:.1f} s",
             f"dropped: {_counts(self.dropped) or 'nothing'}{listed}",
+            *([f"to know: {_counts(self.noted)}"] if self.noted else []),
         ]
 
 
@@ -151,9 +154,16 @@ def write_sources(
     state = partial.state
     seconds = time.perf_counter() - started
     rate = (state.tokens - tokens_before) / max(seconds, 1e-9)
-    dropped = state.dropped
     return Summary(
-        str(prefix), state.documents, state.tokens, state.longest, state.longest_place, seconds, rate, dropped
+        str(prefix),
+        state.documents,
+        state.tokens,
+        state.longest,
+        state.longest_place,
+        seconds,
+        rate,
+        state.dropped,
+        state.noted,
     )
 
 
@@ -233,14 +243,17 @@ class _Run:
             if not line:
                 self._partial.finish_source(source, state)
                 continue
+            notes: tuple[str, ...] = ()
             if problem is None:
-                problem, record = packed.problems.get(record), record + 1
+                problem, notes, record = packed.problems.get(record), packed.notes.get(record, ()), record + 1
             if problem is not None:
                 self._drop(self._sources[source].name, line, problem)
                 continue
             length = next(lengths)
             state.documents += 1
             state.tokens += length
+            for name in notes:
+                state.noted[name] = state.noted.get(name, 0) + 1
             if length > state.longest:
                 state.longest, state.longest_place = length, f"{self._sources[source].name}:{line}"
 

@@ -30,6 +30,12 @@ class Problem:
         return f"{self.reason}: {self.detail}" if self.detail else self.reason
 
 
+# What a token of an example is: nothing to be learned, of an assistant's turn before the last, or of the last one.
+CONTEXT, EARLIER, RESPONSE = 0, 1, 2
+
+NO_END = "response without an end-of-turn token"
+SPECIAL_TEXT = "special token's text in the content"
+
 # What a source yields: the line (of a JSONL or CSV file) or row (of a parquet file) counted from 1, and what is there.
 Item = tuple[int, Record | Problem]
 
@@ -39,10 +45,14 @@ NOT_UTF8 = Problem("not UTF-8 text")
 
 
 class Encoded(NamedTuple):
-    """A document: token ids [n], any integer type, n > 0, and for examples a mask [n]: 1 where a token is learned."""
+    """A document: token ids [n], any integer type, n > 0, and for examples a mask [n] of CONTEXT, EARLIER and RESPONSE.
+
+    `notes` are short phrases such as NO_END: what the summary counts documents by, though nothing is wrong with them.
+    """
 
     ids: NDArray[np.integer[Any]]
     mask: NDArray[np.uint8] | None = None
+    notes: tuple[str, ...] = ()
 
 
 class RecordEncoder(Protocol):

@@ -30,8 +30,8 @@ class TextSettings:
         return False
 
     def build(self, tokenizer: Tokenizer) -> TextEncoder:
-        head = _special(tokenizer, "bos", tokenizer.bos_id, "Leave out --prepend-bos.") if self.prepend_bos else []
-        tail = _special(tokenizer, "eos", tokenizer.eos_id, "Use --no-append-eod.") if self.append_eod else []
+        head = special_token(tokenizer, "bos", tokenizer.bos_id, "Leave out --prepend-bos.") if self.prepend_bos else []
+        tail = special_token(tokenizer, "eos", tokenizer.eos_id, "Use --no-append-eod.") if self.append_eod else []
         return TextEncoder(tokenizer, self.key, head, tail)
 
     def metadata(self) -> dict[str, Any]:
@@ -59,7 +59,8 @@ class TextEncoder:
         return Encoded(np.array([*self._head, *ids, *self._tail], dtype=np.int32))
 
 
-def _special(tokenizer: Tokenizer, name: str, index: int | None, remedy: str) -> list[int]:
+def special_token(tokenizer: Tokenizer, name: str, index: int | None, remedy: str) -> list[int]:
+    """The id as a list; raises UserError, with the remedy, where the tokenizer has none."""
     if index is None:
         raise UserError(f"the tokenizer {tokenizer.path} has no {name} token. {remedy}")
     return [index]

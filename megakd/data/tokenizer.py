@@ -58,7 +58,7 @@ class HuggingFaceTokenizer:
         self._tokenizer = tokenizer
         self._lock = threading.Lock()
         # A class that overrides either of these does something to the text before the Rust tokenizer has it.
-        self._is_plain_rust = isinstance(tokenizer, PreTrainedTokenizerFast) and all(
+        self.is_plain_rust = isinstance(tokenizer, PreTrainedTokenizerFast) and all(
             getattr(type(tokenizer), name) is getattr(PreTrainedTokenizerFast, name)
             for name in ("__call__", "_encode_plus")
         )
@@ -74,7 +74,7 @@ class HuggingFaceTokenizer:
         if not texts:
             return []
         ids: list[list[int]]
-        if self._is_plain_rust:
+        if self.is_plain_rust:
             encodings = self._rust.encode_batch_fast(list(texts), add_special_tokens=False)
             return [encoding.ids for encoding in encodings]
         with self._lock:  # transformers changes the tokenizer's state on every call
@@ -88,6 +88,11 @@ class HuggingFaceTokenizer:
                 verbose=False,
             )["input_ids"]
         return ids
+
+    @property
+    def transformers_tokenizer(self) -> Any:
+        """The tokenizer as transformers has it; whoever changes it changes this one."""
+        return self._tokenizer
 
     @cached_property
     def _rust(self) -> Any:

@@ -138,7 +138,7 @@ def test_the_rust_tokenizer_called_directly_gives_transformers_ids(
         folder = tmp_path
         PreTrainedTokenizerFast(tokenizer_object=rust).save_pretrained(folder)
     tokenizer = load_tokenizer(folder)
-    assert isinstance(tokenizer, HuggingFaceTokenizer) and tokenizer._is_plain_rust
+    assert isinstance(tokenizer, HuggingFaceTokenizer) and tokenizer.is_plain_rust
     transformers = AutoTokenizer.from_pretrained(str(folder))
     expected = transformers(TEXTS, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
     assert tokenizer.encode_batch(TEXTS) == expected
@@ -149,7 +149,7 @@ def test_a_tokenizer_without_rust_and_a_class_of_its_own_go_through_transformers
     # One byte per token, in Python.
     ByT5Tokenizer().save_pretrained(tmp_path)
     tokenizer = load_tokenizer(tmp_path)
-    assert isinstance(tokenizer, HuggingFaceTokenizer) and not tokenizer._is_plain_rust
+    assert isinstance(tokenizer, HuggingFaceTokenizer) and not tokenizer.is_plain_rust
     with ThreadPoolExecutor(4) as pool:
         results = list(pool.map(tokenizer.encode_batch, [TEXTS] * 8))
     assert results == [[[byte + 3 for byte in text.encode()] for text in TEXTS]] * 8

@@ -1,0 +1,158 @@
+"""The encoder of prompts with responses: a template's text with the response behind it, or a chat of two messages."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from megakd.common.errors import UserError
+from megakd.data.chat_encoder import (
+    EMPTY_RESPONSE,
+    Conversations,
+    Example,
+    encode_examples,
+    example_notes,
+    template_name,
+)
+from megakd.data.chat_template import Message, special_tokens
+from megakd.data.offsets import OffsetTokenizer, Turn, require_offsets
+from megakd.data.records import CONTEXT, NO_END, RESPONSE, Encoded, Problem, Record, RecordEncoder, text_problem
+from megakd.data.text_encoder import special_token
+from megakd.data.tokenizer import HuggingFaceTokenizer, Tokenizer
+
+PROMPT, SYSTEM = "{prompt}", "{system}"
+
+
+@dataclass(frozen=True)
+class InstructionSettings:
+    """An example per record: `prompt_template` with the prompt in it, the response behind it, and eos.
+
+    The template holds "{prompt}" and perhaps "{system}", which is empty for a record without a system text. With
+    `apply_chat_template` the record is instead a chat of a system, a user and an assistant message, rendered by
+    `chat_template` (a template's text; None is the tokenizer's own), and no eos is appended: the template ends turns.
+    """
+
+    prompt_key: str = "prompt"
+    response_key: str = "response"
+    system_key: str = "system"
+    prompt_template: str = PROMPT
+    append_eos: bool = True
+    prepend_bos: bool = False
+    apply_chat_template: bool = False
+    chat_template: str | None = None
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        system = self.apply_chat_template or SYSTEM in self.prompt_template
+        return (self.prompt_key, self.response_key, *((self.system_key,) if system else ()))
+
+    @property
+    def masks(self) -> bool:
+        return True
+
+    def build(self, tokenizer: Tokenizer) -> RecordEncoder:
+        found = require_offsets(tokenizer)
+        if self.apply_chat_template:
+            return _ThroughChat(self, Conversations(found, self.chat_template))
+        return _Plain(self, found)
+
+    def metadata(self) -> dict[str, Any]:
+        through = {"chat_template": template_name(self.chat_template)}
+        return {
+            "appended_eod": self.append_eos and not self.apply_chat_template,
+            "prepended_bos": self.prepend_bos,
+            "records": "prompt",
+            **(through if self.apply_chat_template else {"prompt_template": self.prompt_template}),
+        }
+
+
+class _Plain:
+    def __init__(self, settings: InstructionSettings, tokenizer: HuggingFaceTokenizer) -> None:
+        if PROMPT not in settings.prompt_template:
+            raise UserError(
+                f"--prompt-template {settings.prompt_template!r} has no {PROMPT}. Write it where the prompt goes."
+            )
+        self._settings = settings
+        self._tokenizer = OffsetTokenizer(tokenizer)
+        self._special_tokens = special_tokens(tokenizer)
+        no_eos, no_bos = "Use --no-append-eod.", "Leave out --prepend-bos."
+        self._tail = special_token(tokenizer, "eos", tokenizer.eos_id, no_eos) if settings.append_eos else []
+        self._head = special_token(tokenizer, "bos", tokenizer.bos_id, no_bos) if settings.prepend_bos else []
+
+    def encode(self, records: Sequence[Record]) -> list[Encoded | Problem]:
+        results = encode_examples(self._tokenizer, [self._example(record) for record in records])
+        return [self._framed(result) if isinstance(result, Encoded) else result for result in results]
+
+    def _example(self, record: Record) -> Example | Problem:
+        texts = _texts(record, self._settings)
+        if isinstance(texts, Problem):
+            return texts
+        prompt, response, system = texts
+        values = {PROMPT: prompt, SYSTEM: system or ""}
+        before = re.sub(r"\{prompt\}|\{system\}", lambda found: values[found.group()], self._settings.prompt_template)
+        text = before + response
+        turns = [Turn(len(before), len(text), True)]
+        notes = example_notes(self._special_tokens, text, turns, iter((prompt, response, system or "")))
+        if self._settings.append_eos:
+            notes = tuple(note for note in notes if note != NO_END)
+        return text, turns, notes
+
+    def _framed(self, example: Encoded) -> Encoded:
+        assert example.mask is not None
+        # A prompt template may begin with bos itself.
+        head = [] if self._head and example.ids[0] == self._head[0] else self._head
+        ids = np.array([*head, *example.ids, *self._tail], dtype=np.int32)
+        mask = np.pad(example.mask, (len(head), 0), constant_values=CONTEXT)
+        return Encoded(ids, np.pad(mask, (0, len(self._tail)), constant_values=RESPONSE), example.notes)
+
+
+class _ThroughChat:
+    def __init__(self, settings: InstructionSettings, conversations: Conversations) -> None:
+        if settings.prepend_bos:
+            raise UserError(
+                "--prepend-bos has no use with --apply-chat-template: the template writes bos. Leave it out."
+            )
+        if settings.prompt_template != PROMPT:
+            raise UserError("--prompt-template and --apply-chat-template exclude each other. Leave one of them out.")
+        self._settings = settings
+        self._conversations = conversations
+
+    def encode(self, records: Sequence[Record]) -> list[Encoded | Problem]:
+        return self._conversations.encode([self._messages(record) for record in records])
+
+    def _messages(self, record: Record) -> tuple[list[Message], None] | Problem:
+        texts = _texts(record, self._settings)
+        if isinstance(texts, Problem):
+            return texts
+        prompt, response, system = texts
+        return list(_chat(prompt, response, system)), None
+
+
+def _chat(prompt: str, response: str, system: str | None) -> Iterator[Message]:
+    if system:
+        yield {"role": "system", "content": system}
+    yield {"role": "user", "content": prompt}
+    yield {"role": "assistant", "content": response}
+
+
+def _texts(record: Record, settings: InstructionSettings) -> tuple[str, str, str | None] | Problem:
+    """The record's prompt, response and system text."""
+    for key in (settings.prompt_key, settings.response_key):
+        if key not in record:
+            return Problem("missing key", f"there is no '{key}'")
+        problem = text_problem(record[key], key)
+        if problem is not None:
+            return problem
+    system = record.get(settings.system_key)
+    if system is not None:
+        problem = text_problem(system, settings.system_key)
+        if problem is not None:
+            return problem
+    response: str = record[settings.response_key]
+    if not response.strip():
+        return EMPTY_RESPONSE
+    return record[settings.prompt_key], response, system

@@ -1,0 +1,93 @@
+"""Token ids with the characters each token holds, and masks made from spans of characters."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megakd.common.errors import UserError
+from megakd.data.records import EARLIER, RESPONSE
+from megakd.data.tokenizer import HuggingFaceTokenizer, Tokenizer
+
+
+class Tokens(NamedTuple):
+    """Ids [n] of a text and the characters [start, end) that each token holds."""
+
+    ids: NDArray[np.int32]
+    starts: NDArray[np.int64]
+    ends: NDArray[np.int64]
+
+
+class Turn(NamedTuple):
+    """The characters [start, end) that the assistant writes in one turn; `last` in the example's last such turn."""
+
+    start: int
+    end: int
+    last: bool
+
+
+def require_offsets(tokenizer: Tokenizer) -> HuggingFaceTokenizer:
+    """The tokenizer itself; raises UserError where it cannot say which characters its tokens hold."""
+    if isinstance(tokenizer, HuggingFaceTokenizer) and tokenizer.is_plain_rust:
+        return tokenizer
+    raise UserError(
+        f"the tokenizer {tokenizer.path} cannot say which characters its tokens hold, as chats and instructions need. "
+        "Give a Hugging Face folder with a tokenizer.json (AutoTokenizer.from_pretrained(...).save_pretrained(FOLDER) "
+        "writes one for most models)."
+    )
+
+
+class OffsetTokenizer:
+    """Tokenizes as transformers' apply_chat_template does: special tokens are found in the text and none is added."""
+
+    def __init__(self, tokenizer: HuggingFaceTokenizer) -> None:
+        own = tokenizer.transformers_tokenizer
+        rust: Any = copy.deepcopy(own.backend_tokenizer)
+        rust.no_truncation()
+        rust.no_padding()
+        rust.encode_special_tokens = own.split_special_tokens
+        # Without special tokens to add it could only trim spaces off the offsets.
+        rust.post_processor = None
+        self._rust = rust
+        # These take neighbouring spaces in, which are no part of what they say.
+        self._greedy = {
+            index: token.content for index, token in own.added_tokens_decoder.items() if token.lstrip or token.rstrip
+        }
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Tokens]:
+        """One result per text; texts have no halves of surrogate pairs."""
+        if not texts:
+            return []
+        encodings = self._rust.encode_batch(list(texts), add_special_tokens=False)
+        return [self._tokens(text, encoding) for text, encoding in zip(texts, encodings, strict=True)]
+
+    def _tokens(self, text: str, encoding: Any) -> Tokens:
+        ids = np.array(encoding.ids, dtype=np.int32)
+        offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+        starts, ends = offsets[:, 0].copy(), offsets[:, 1].copy()
+        if self._greedy:
+            for place in np.flatnonzero(np.isin(ids, list(self._greedy))):
+                content = self._greedy[int(ids[place])]
+                found = text.find(content, starts[place], ends[place])
+                if found >= 0:
+                    starts[place], ends[place] = found, found + len(content)
+        return Tokens(ids, starts, ends)
+
+
+def turn_mask(tokens: Tokens, turns: Iterable[Turn]) -> NDArray[np.uint8]:
+    """The mask [n] of tokens that hold at least one character of a turn: RESPONSE in the last, EARLIER in others.
+
+    A token without characters counts where the turn's text goes on behind it.
+    """
+    mask = np.zeros(len(tokens.ids), dtype=np.uint8)
+    # One character's several tokens each have all of it.
+    reach = np.maximum(tokens.ends, tokens.starts + 1)
+    for turn in turns:
+        if turn.start < turn.end:
+            held = (tokens.starts < turn.end) & (reach > turn.start)
+            mask[held] = np.maximum(mask[held], RESPONSE if turn.last else EARLIER)
+    return mask
