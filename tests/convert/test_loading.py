@@ -158,10 +158,11 @@ def test_check_names_the_weight(tmp_path: Path, changes: dict[str, torch.Tensor 
 
 def test_buffers_and_the_head_of_a_tied_model_are_passed_over(tmp_path: Path) -> None:
     save_llama(tmp_path, tie_word_embeddings=True)
+    embedding = load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"]
     edited(
         tmp_path,
         model__layers__0__self_attn__rotary_emb__inv_freq=torch.zeros(2),
-        lm_head__weight=torch.zeros(130, 32),
+        lm_head__weight=embedding.clone(),
     )
     check_weights(tmp_path, architecture_from_hf(tmp_path))
 
