@@ -147,9 +147,8 @@ class _Conversation(NamedTuple):
         mark = _spare_characters(self.text, 1)[0]
         for rest in (self.messages[place + 1 :], ()):
             # A header that changes with the content is none.
-            headers = {self._before(mark, place, rest, mark + more) for more in ("", " and some other words\n")}
-            header = headers.pop()
-            if header is None or headers:
+            header, other = (self._before(mark, place, rest, mark + more) for more in ("", " and other words\n"))
+            if header is None or header != other:
                 continue
             for candidate in (header, header.rstrip()):
                 if after <= len(candidate) <= bound and self.text.startswith(candidate):
