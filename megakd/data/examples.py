@@ -11,18 +11,16 @@ from numpy.typing import NDArray
 from megakd.common.errors import UserError
 from megakd.data.indexed import MASK_ENDING, TokenStream
 from megakd.data.packing import Packs, first_fit_decreasing
+from megakd.data.records import CONTEXT, EARLIER, RESPONSE
 from megakd.data.samples import Sample, positions_of
 
 LossOn = Literal["assistant", "response", "all"]
 Truncation = Literal["drop", "keep_start", "keep_end"]
 
-CONTEXT, EARLIER_TURN, LAST_TURN = 0, 1, 2
-"""What the mask file says of a token: not the assistant's, of its earlier turns, of its last turn."""
-
 _COUNTED: dict[LossOn, tuple[int, ...]] = {
-    "assistant": (EARLIER_TURN, LAST_TURN),
-    "response": (LAST_TURN,),
-    "all": (CONTEXT, EARLIER_TURN, LAST_TURN),
+    "assistant": (EARLIER, RESPONSE),
+    "response": (RESPONSE,),
+    "all": (CONTEXT, EARLIER, RESPONSE),
 }
 _LOST = {"keep_start": "keep the start and lose their end of turn", "keep_end": "keep the end and lose their start"}
 
