@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from megatron.core.datasets.gpt_dataset import _get_ltor_masks_and_position_ids
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megakd.common.errors import UserError
@@ -126,3 +128,34 @@ def test_split_of_too_few() -> None:
         split_items(1, 0.1)
     with pytest.raises(UserError, match="data.valid_fraction is 0.1 and data.test_fraction is 0.2, .* 2 samples; a sp"):
         split_items(2, 0.1, 0.2)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 7), min_size=2, max_size=10),
+    length=st.integers(1, 9),
+    resets=st.tuples(st.booleans(), st.booleans(), st.booleans()),
+)
+def test_documents_are_told_apart_as_megatron_core_does(
+    tmp_path_factory: pytest.TempPathFactory, lengths: list[int], length: int, resets: tuple[bool, bool, bool]
+) -> None:
+    """Where every document ends with the one end-of-document token, and no other token is that one."""
+    documents = [[*range(1, size), 99] for size in lengths]
+    if sum(lengths) < length + 1:
+        return
+    prefix = tmp_path_factory.mktemp("d") / "d"
+    write_pair(prefix, documents)
+    reset_position_ids, reset_attention_mask, eod_mask_loss = resets
+    samples = TokenSamples(
+        TokenStream(prefix), length, reset_position_ids=reset_position_ids, reset_attention_mask=reset_attention_mask,
+        eod_mask_loss=eod_mask_loss,
+    )  # fmt: skip
+    for number in range(samples.num_samples):
+        sample = samples.sample(number)
+        masked, loss_mask, position_ids = _get_ltor_masks_and_position_ids(
+            torch.from_numpy(sample.tokens), 99, reset_position_ids, reset_attention_mask, eod_mask_loss, True
+        )
+        segment = np.repeat(np.arange(len(sample.segments)), sample.segments)
+        attends = (segment[:, None] == segment) & np.tri(length, dtype=bool)
+        assert np.array_equal(attends, ~masked[0].numpy())
+        assert sample.position_ids.tolist() == position_ids.tolist()
+        assert sample.loss_mask.tolist() == loss_mask.tolist()
