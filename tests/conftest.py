@@ -7,9 +7,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from megakd.common.logging import log
 from tests.workers import RankPools
+
+# Nothing here is timed: machines that run tests do other things too.
+settings.register_profile("megakd", deadline=None)
+settings.load_profile("megakd")
 
 
 @pytest.fixture(scope="session")

@@ -359,7 +359,7 @@ def test_overrides_that_cannot_be_used(file: Path, override: str, line: str) -> 
         ]
     ),
 )
-@settings(max_examples=150, deadline=None)  # fmt: skip
+@settings(max_examples=150)  # fmt: skip
 def test_any_value_anywhere_gives_a_config_or_one_line(value: object, path: str) -> None:
     changed = values()
     *parents, name = path.split(".")
@@ -406,7 +406,7 @@ configurations = st.fixed_dictionaries({
 
 
 @given(configurations)
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_what_is_dumped_loads_back_equal(tmp_path: Path, drawn: dict[str, Any]) -> None:
     first = config_from_dict(drawn)
     text = dump_config(first)

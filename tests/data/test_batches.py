@@ -56,7 +56,7 @@ def test_collate(memory_stream: Streams) -> None:
     assert all(tensor.is_contiguous() for tensor in batch.values())
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     mbs=st.integers(1, 3),
     ranks=st.integers(1, 4),
@@ -89,7 +89,7 @@ def test_global_batch_is_the_same_in_every_layout(
     assert sorted(seen) == sorted(expected)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(step=st.integers(0, 12), num_samples=st.integers(1, 20))
 def test_resuming_equals_continuing(memory_stream: Streams, step: int, num_samples: int) -> None:
     samples = TokenSamples(memory_stream(num_samples * LENGTH + 1), LENGTH)
@@ -174,7 +174,7 @@ def test_train_batches_checks_the_layout(memory_stream: Streams) -> None:
         train_batches(TokenSamples(memory_stream(41), LENGTH), 2, 5, 0, 1)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     num_samples=st.integers(1, 15),
     first=st.integers(0, 4),

@@ -431,7 +431,7 @@ def test_any_conversation(name: str, letters: Path, merging: Path) -> None:
     parts = [(load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)) for folder in (letters, merging)]
     encoders = [(ChatSettings(template=text).build(tokenizer), own) for tokenizer, own in parts]
 
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     @given(start=st.none() | TEXT, turns=CHATS)
     def check(start: str | None, turns: list[tuple[str, str]]) -> None:
         messages = [system(start)] if start is not None else []

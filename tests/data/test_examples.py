@@ -117,7 +117,7 @@ def test_members_are_a_part(tmp_path: Path) -> None:
     assert [made.sample(i).tokens[0] for i in range(made.num_samples)] == [10, 10, 20]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     lengths=st.lists(st.integers(2, 9), min_size=1, max_size=20),
     length=st.integers(3, 12),

@@ -42,7 +42,7 @@ def test_round_trip_through_megatron(tmp_path: Path, vocab_size: int, dtype: typ
     assert whole.dtype == np.int64 and whole.tolist() == sum(documents, [])
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     documents=st.lists(st.lists(st.integers(0, 999), min_size=1, max_size=7), min_size=1, max_size=8),
     data=st.data(),

@@ -186,7 +186,7 @@ GOOD = st.text(st.characters(codec="utf-8"), min_size=1, max_size=30).filter(lam
 BAD = st.sampled_from([line for line, _, _ in BAD_LINES if len(line) < 1000])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(lines=st.lists(st.one_of(GOOD, BAD, st.sampled_from(["", b"", b"  "])), max_size=40), data=st.data())
 def test_every_good_line_arrives_and_every_bad_one_is_listed(
     byte_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory, lines: list[str | bytes], data: st.DataObject

@@ -121,7 +121,7 @@ def test_a_file_that_cannot_be_opened_is_a_problem_of_it(tmp_path: Path) -> None
 CELLS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=8)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(rows=st.lists(st.tuples(CELLS, CELLS), max_size=20), end=st.sampled_from(["\n", "\r\n"]))
 def test_csv_rows_are_the_csv_module_s(
     tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, str]], end: str

@@ -34,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("token_writer")
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     documents=st.lists(st.lists(st.integers(0, 255), min_size=1, max_size=9), max_size=12),
     dtype=st.sampled_from([np.dtype(np.uint16), np.dtype(np.int32), np.dtype(np.uint8)]),

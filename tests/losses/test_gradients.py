@@ -58,7 +58,7 @@ def test_finite_differences(temperature):
     softcaps=st.tuples(st.none() | st.floats(2.0, 20.0), st.none() | st.floats(2.0, 20.0)),
     large=st.integers(0, 9),
 )
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 def test_any_shape_and_settings_equal_the_definition(
     seed, rows, vocab_size, padding, widths, weights, divergence, parameter, temperatures, squared, scales, softcaps,
     large,
