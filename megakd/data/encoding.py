@@ -21,7 +21,7 @@ from megakd.data.records import Encoded, EncoderSettings, Problem, Record, Recor
 from megakd.data.sources import Position, Source
 from megakd.data.tokenizer import Tokenizer, load_tokenizer
 
-CHUNK_RECORDS = 256
+CHUNK_RECORDS = 1024
 CHUNK_CHARACTERS = 1 << 20
 CHUNK_ENTRIES = 4096
 # While one chunk's last long document is encoded by one core, the next chunk has the others.

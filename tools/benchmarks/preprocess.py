@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Preprocessing a JSONL file against the bare Rust tokenizer's `encode_batch` on the same texts in memory, in turn.
 
-The texts are the Python standard library's sources, repeated until they are so many tokens. Both sides use the same
-threads: RAYON_NUM_THREADS, or all cores. Every round runs both, in one process.
+The texts are the Python standard library's sources, whole or cut, repeated until they are so many tokens. Both sides
+use the same threads: RAYON_NUM_THREADS, or all cores. Every round runs both, in one process.
 
     python tools/benchmarks/preprocess.py --tokens 10_000_000 --rounds 3
 """
@@ -31,7 +31,7 @@ def main() -> None:
     arguments = _arguments()
     bare = RustTokenizer.from_file(str(arguments.tokenizer / "tokenizer.json"))
     bare.encode_special_tokens = True  # as preprocessing has it: what looks like a special token in text is text
-    texts, tokens = _texts(bare, arguments.tokens)
+    texts, tokens = _texts(bare, arguments.tokens, arguments.lines)
     with tempfile.TemporaryDirectory(dir=arguments.dir) as folder:
         source, prefix = Path(folder, f"text.{arguments.format}"), Path(folder, "out")
         _write(source, texts)
@@ -58,14 +58,15 @@ def main() -> None:
     print(json.dumps(result) if arguments.json else "\n".join(f"{key}: {value}" for key, value in result.items()))
 
 
-def _texts(bare: RustTokenizer, tokens: int) -> tuple[list[str], int]:
-    """Whole sources until they are as many tokens as asked for, and how many they are."""
+def _texts(bare: RustTokenizer, tokens: int, lines: int | None) -> tuple[list[str], int]:
+    """Sources, cut into pieces of ``lines`` lines if given, until they are so many tokens; and how many they are."""
     sources = []
     for path in sorted(Path(sysconfig.get_paths()["stdlib"]).rglob("*.py")):
         if "site-packages" not in path.parts:
             with contextlib.suppress(UnicodeDecodeError):
-                sources.append(path.read_text(encoding="utf-8"))
-    sources = [text for text in sources if text]
+                source = path.read_text(encoding="utf-8").splitlines(keepends=True)
+                size = lines or max(1, len(source))
+                sources += ["".join(source[start : start + size]) for start in range(0, len(source), size)]
     lengths = [len(encoding) for encoding in bare.encode_batch(sources, add_special_tokens=False)]
     texts: list[str] = []
     count = 0
@@ -90,6 +91,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=10_000_000)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--lines", type=int, help="cut the sources into documents of so many lines (default: whole)")
     parser.add_argument("--workers", type=int, default=1, help="1 (default) uses the tokenizer's threads")
     parser.add_argument("--format", choices=("jsonl", "parquet"), default="jsonl")
     parser.add_argument("--tokenizer", type=Path, default=ROOT / "configs" / "quickstart" / "teacher")
