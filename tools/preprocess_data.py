@@ -11,12 +11,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 if find_spec("megakd") is None:
     # A clone that is not installed.
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megakd.common.errors import UserError
+
+if TYPE_CHECKING:
+    from megakd.data.record_kind import RecordOptions
 
 EPILOG = """Text becomes [bos] text eos. Conversations, and prompts with responses, become examples, with a mask of what
 the assistant wrote in PREFIX.mask.bin and .idx. The files grow in a folder .NAME.partial beside the output and appear
@@ -97,6 +101,15 @@ def _add_examples(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def record_options(options: argparse.Namespace) -> RecordOptions:
+    """Those of the options that say what a record is."""
+    from megakd.data.record_kind import RecordOptions
+
+    given = {name: getattr(options, name) for name in RecordOptions.__dataclass_fields__}
+    given["record"] = None if options.record == "auto" else options.record
+    return RecordOptions(**given)
+
+
 def build_inspect_parser() -> argparse.ArgumentParser:
     """The options of `inspect`."""
     parser = argparse.ArgumentParser(
@@ -136,12 +149,10 @@ def main(arguments: list[str] | None = None) -> int:
         return inspect(arguments[1:])
     options = build_parser().parse_args(arguments)
     from megakd.data.preprocess import preprocess
-    from megakd.data.record_kind import RecordOptions, record_settings
+    from megakd.data.record_kind import record_settings
 
-    given = {name: getattr(options, name) for name in RecordOptions.__dataclass_fields__}
-    given["record"] = None if options.record == "auto" else options.record
     try:
-        settings = record_settings(RecordOptions(**given), options.input, options.format)
+        settings = record_settings(record_options(options), options.input, options.format)
         with _terminated_like_interrupted():
             summary = preprocess(
                 options.input,

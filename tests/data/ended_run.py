@@ -36,6 +36,8 @@ def ended_run(options: list[str], stderr: Path, *, step: str = "", how: str = ""
 
 def _run(options: list[str], stderr: Path, step: str, how: str, file_size: int) -> None:
     os.dup2(os.open(stderr, os.O_CREAT | os.O_WRONLY), 2)
+    # A shell without job control starts what runs in the background with SIGINT ignored, and children inherit it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     preprocess.COMMIT_SECONDS = 0
     encoding.CHUNK_RECORDS = 50
     if step:

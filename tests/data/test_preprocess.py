@@ -30,6 +30,7 @@ from megakd.data.fingerprint import check_same_tokenizer, read_metadata
 from megakd.data.indexed import TokenStream
 from megakd.data.preprocess import preprocess, write_documents
 from megakd.data.progress import InputBar
+from megakd.data.record_kind import record_settings
 from megakd.data.text_encoder import TextSettings
 from megakd.data.tokenizer import load_tokenizer
 from tests.data.half_learned import HalfLearnedSettings
@@ -353,8 +354,11 @@ def test_the_options_that_megatron_s_users_type(tmp_path: Path) -> None:
     needed = ["--input", "a", "--output-prefix", "b", "--tokenizer", "c"]
 
     def parsed(*options: str) -> tuple[str, bool]:
-        found = load_tool().build_parser().parse_args([*needed, *options])
-        return found.text_key, found.append_eod
+        tool = load_tool()
+        found = tool.build_parser().parse_args([*needed, "--record", "text", *options])
+        settings = record_settings(tool.record_options(found), found.input, found.format)
+        assert isinstance(settings, TextSettings)
+        return settings.key, settings.append_eod
 
     assert parsed() == ("text", True) == parsed("--append-eod")
     assert parsed("--json-keys", "body", "--no-append-eod") == ("body", False)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import textwrap
@@ -134,8 +133,12 @@ def test_a_stopped_run_goes_on_after_the_finished_files(
 @pytest.fixture
 def begun(inputs: list[str], sentencepiece_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The prefix of a run that was ended with everything read."""
+
+    def interrupt(self: partial.Partial, state: partial.State) -> None:
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patch:
-        patch.setattr(partial.Partial, "complete", lambda self, state: os.kill(os.getpid(), signal.SIGINT))
+        patch.setattr(partial.Partial, "complete", interrupt)
         with pytest.raises(KeyboardInterrupt):
             run(inputs, tmp_path / "out" / "train", sentencepiece_file)
     return tmp_path / "out" / "train"
