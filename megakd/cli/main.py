@@ -15,6 +15,9 @@ from megakd.common.logging import configure_logging
 COMMANDS = {
     "train": "megakd.cli.train_command",
     "evaluate": "megakd.cli.evaluate_command",
+    "cache": "megakd.cli.cache_command",
+    "inspect-cache": "megakd.cli.inspect_cache_command",
+    "verify-cache": "megakd.cli.verify_cache_command",
     "quickstart": "megakd.cli.quickstart_command",
     "config": "megakd.cli.config_command",
 }

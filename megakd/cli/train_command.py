@@ -6,7 +6,7 @@ import argparse
 
 from megakd.common.errors import UserError
 from megakd.config.load import load_config
-from megakd.config.schema import ParallelSection
+from megakd.config.schema import Config, ParallelSection
 from megakd.launch.launcher import run_action
 
 
@@ -32,15 +32,24 @@ def run_configuration(action: str, args: argparse.Namespace, max_restarts: int =
     Raises:
         UserError: the configuration, a file it names or the number of ranks cannot be used; no rank has started.
     """
-    if args.nproc_per_node is not None and args.nproc_per_node < 1:
-        raise UserError(f"--nproc-per-node is {args.nproc_per_node}; it must be at least 1.")
-    config = load_config(args.config, args.overrides)
-    world_size = choose_world_size(config.parallel, args.nproc_per_node)
+    config, world_size = load_for_ranks(args)
 
     from megakd.training.preflight import preflight
 
     preflight(config, world_size)
     return run_action(action, config, world_size, max_restarts=max_restarts)
+
+
+def load_for_ranks(args: argparse.Namespace) -> tuple[Config, int]:
+    """The configuration `args.config` with `args.overrides`, and on how many ranks it runs.
+
+    Raises:
+        UserError: the configuration or the number of ranks cannot be used.
+    """
+    if args.nproc_per_node is not None and args.nproc_per_node < 1:
+        raise UserError(f"--nproc-per-node is {args.nproc_per_node}; it must be at least 1.")
+    config = load_config(args.config, args.overrides)
+    return config, choose_world_size(config.parallel, args.nproc_per_node)
 
 
 def choose_world_size(parallel: ParallelSection, nproc_per_node: int | None) -> int:

@@ -24,6 +24,8 @@ def check_config(config: Config, world_size: int | None = None) -> None:
     check_without_divergence(config)
     check_loss_weights(config)
     check_teacher(config)
+    check_cached_teacher(config)
+    check_cache(config)
     check_held_out_source(config)
     check_blend(config)
     check_evaluation_data(config)
@@ -39,6 +41,30 @@ def check_config(config: Config, world_size: int | None = None) -> None:
     if world_size is not None:
         check_world_size(config, world_size)
         check_global_batch(config, world_size)
+
+
+def check_cache_config(config: Config, world_size: int) -> None:
+    """Hold the rules that matter where a cache is written: the teacher alone runs, on `world_size` ranks.
+
+    Raises:
+        UserError: the first rule that fails.
+    """
+    if config.teacher is None or config.teacher.source != "online":
+        found = "there is no teacher section" if config.teacher is None else "teacher.source is cache"
+        raise UserError(
+            f"{found}; a cache is written from a teacher. Set teacher.path to its folder and teacher.source to online."
+        )
+    check_sparse_divergence(config, "a cache is to be written")
+    check_student_source(config)
+    check_temperature(config)
+    check_loss_weights(config)
+    check_cache(config)
+    check_held_out_source(config)
+    check_blend(config)
+    check_run_length(config)
+    check_context_parallel(config)
+    check_sequence_parallel(config)
+    check_world_size(config, world_size)
 
 
 def check_student_source(config: Config) -> None:
@@ -125,6 +151,46 @@ def check_teacher(config: Config) -> None:
             f"distill.kd_weight is {config.distill.kd_weight:g} and there is no teacher section. Set teacher.path, or "
             "distill.kd_weight to 0 and distill.ce_weight above 0 to train without a teacher."
         )
+
+
+def check_cached_teacher(config: Config) -> None:
+    """A cache serves the divergence that it can, and is no model."""
+    teacher, distill = config.teacher, config.distill
+    if teacher is None or teacher.source != "cache":
+        return
+    if teacher.dtype is not None:
+        raise UserError(
+            f"teacher.dtype is {teacher.dtype} and has no effect on a cache (teacher.source). Leave it out."
+        )
+    if distill.kd_weight == 0:
+        raise UserError(
+            "teacher.source is cache and has no effect with distill.kd_weight 0. Leave the teacher section out, or "
+            "set distill.kd_weight above 0."
+        )
+    check_sparse_divergence(config, "teacher.source is cache")
+
+
+def check_sparse_divergence(config: Config, found: str) -> None:
+    """Of a cache's teacher a few ids are known; `found` begins the message."""
+    if config.distill.loss != "forward_kl":
+        raise UserError(
+            f"{found} and distill.loss is {config.distill.loss}; only forward_kl can be had from some of the teacher's "
+            "ids, the others need its probability of every id. Set distill.loss to forward_kl, or use the teacher "
+            "itself (teacher.source online)."
+        )
+
+
+def check_cache(config: Config) -> None:
+    """Each mode has its own settings."""
+    cache = config.cache
+    for mode, keys in (("sampled", ("num_samples",)), ("topk", ("k", "log_probability_bits"))):
+        for key in keys:
+            value = getattr(cache, key)
+            if value is not None and cache.mode != mode:
+                raise UserError(
+                    f"cache.{key} is {value} and has no effect on cache.mode {cache.mode}. Leave it out, or set "
+                    f"cache.mode to {mode}."
+                )
 
 
 def check_held_out_source(config: Config) -> None:

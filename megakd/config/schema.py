@@ -58,8 +58,34 @@ class StudentSection(Section):
 class TeacherSection(Section):
     """The model that is learnt from."""
 
-    path: str = Field(description="Hugging Face folder of safetensors or Megatron checkpoint.")
+    source: Literal["online", "cache"] = Field(
+        default="online", description="The model itself beside the student, or what `launch.sh cache` kept of it."
+    )
+    path: str = Field(
+        description="Hugging Face folder of safetensors or Megatron checkpoint; with source cache, the cache's folder."
+    )
     dtype: Literal["fp32", "bf16"] | None = Field(default=None, description="Defaults to run.dtype.")
+
+
+class CacheSection(Section):
+    """What `launch.sh cache` keeps of the teacher, for runs with teacher.source cache."""
+
+    path: str | None = Field(
+        default=None, description="Folder to write; <run.output_dir>/teacher_cache where not given."
+    )
+    mode: Literal["sampled", "topk"] = Field(
+        default="sampled", description="Draws from the teacher, or its largest probabilities and the mass beside them."
+    )
+    num_samples: int | None = Field(
+        default=None, ge=1, le=65535, description="sampled: draws per token; 32 where not given."
+    )
+    k: int | None = Field(default=None, ge=1, description="topk: ids per token; 32 where not given.")
+    log_probability_bits: Literal[8, 16, 32] | None = Field(
+        default=None, description="topk: bits of each log-probability; 8 where not given."
+    )
+    scope: Literal["dataset", "run"] = Field(
+        default="dataset", description="All training samples, or those alone that the run's steps will visit."
+    )
 
 
 class ParallelSection(Section):
@@ -220,6 +246,7 @@ class Config(Section):
     run: RunSection
     student: StudentSection
     teacher: TeacherSection | None = None
+    cache: CacheSection = CacheSection()
     parallel: ParallelSection = ParallelSection()
     distill: DistillSection = DistillSection()
     data: DataSection

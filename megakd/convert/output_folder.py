@@ -118,13 +118,18 @@ class OutputFolder:
 
     def copy_tokenizer(self, source: Path) -> None:
         """Copy a folder's tokenizer files; a warning where it has none."""
-        present = _present(source, TOKENIZER_FILES)
-        for file in present:
-            copy = self.path / file.relative_to(source)
-            copy.parent.mkdir(exist_ok=True)
-            shutil.copyfile(file, copy)
-        if not present:
+        if not copy_tokenizer_files(source, self.path):
             log.warning(f"{source} has no tokenizer files; {self.out} is written without.")
+
+
+def copy_tokenizer_files(source: Path, target: Path) -> bool:
+    """Copy a folder's tokenizer files to another; whether there are any."""
+    present = _present(source, TOKENIZER_FILES)
+    for file in present:
+        copy = target / file.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, copy)
+    return bool(present)
 
 
 @contextmanager

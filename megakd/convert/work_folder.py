@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import os
 import shutil
 import stat
@@ -11,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from megakd.common.errors import UserError
-from megakd.common.logging import log
+from megakd.common.locks import try_lock
 
 LOCK_FILE = "megakd.lock"
 
@@ -94,28 +92,10 @@ class WorkFolder:
             with suppress(FileExistsError):
                 self.path.mkdir()
             self._check_ours()
-            lock = os.open(self.path / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
         except FileNotFoundError:
             return None
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if (self.path / LOCK_FILE).stat().st_ino == os.fstat(lock).st_ino:
-                return lock
-        except FileNotFoundError:
-            pass
-        except BlockingIOError as error:
-            os.close(lock)
-            raise UserError(
-                f"Another conversion is writing {self.final}. Wait until it ends, or name another path."
-            ) from error
-        except OSError as error:
-            if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
-                os.close(lock)
-                raise
-            log.warning(f"{self.path.parent} knows no file locks: do not write {self.final} from two places at once.")
-            return lock
-        os.close(lock)
-        return None
+        busy = f"Another conversion is writing {self.final}. Wait until it ends, or name another path."
+        return try_lock(self.path / LOCK_FILE, busy)
 
     def _check_ours(self) -> None:
         ours = not self.path.is_symlink() and stat.S_ISDIR(self.path.stat().st_mode)

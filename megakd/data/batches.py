@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -38,7 +38,7 @@ def collate(samples: Samples, ids: Sequence[int] | NDArray[np.int64], device: to
         batch["cu_seqlens"] = torch.nn.functional.pad(segments.cumsum(0), (1, 0)).to(torch.int32)
         batch["max_seqlen"] = segments.max()
     batch["sample_ids"] = torch.from_numpy(sample_ids)
-    return _move(batch, device)
+    return move(batch, device)
 
 
 def count_microbatches(global_batch_size: int, micro_batch_size: int, data_parallel_size: int) -> int:
@@ -59,7 +59,8 @@ class TrainBatches:
     """The training microbatches of one data-parallel rank; a thread reads the next step ahead.
 
     Step n is the order's positions [n*gbs, (n+1)*gbs): the same samples in every layout. Within it, microbatch m
-    of rank d is the positions that begin at (m*dp + d)*mbs. Raises UserError where gbs is no multiple of mbs*dp.
+    of rank d is the positions that begin at (m*dp + d)*mbs. `attach` adds to a microbatch what is read beside it, on
+    the thread too. Raises UserError where gbs is no multiple of mbs*dp.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class TrainBatches:
         data_parallel_rank: int,
         data_parallel_size: int,
         device: torch.device | str = "cpu",
+        attach: Callable[[Batch], Batch] | None = None,
     ) -> None:
         assert 0 <= data_parallel_rank < data_parallel_size, (data_parallel_rank, data_parallel_size)
         self.num_microbatches = count_microbatches(global_batch_size, micro_batch_size, data_parallel_size)
@@ -82,6 +84,7 @@ class TrainBatches:
         self._rank = data_parallel_rank
         self._ranks = data_parallel_size
         self._device = device
+        self._attach = attach
         self._thread: ThreadPoolExecutor | None = None
         self._ahead: dict[int, Future[list[Batch]]] = {}
 
@@ -95,7 +98,7 @@ class TrainBatches:
             stale.cancel()
         self._ahead = {step + 1: self._thread.submit(self._read, step + 1)}
         # Copies start here: a new thread's current device is not the rank's.
-        return [_move(batch, self._device) for batch in reading.result()]
+        return [move(batch, self._device) for batch in reading.result()]
 
     def close(self) -> None:
         """Stop the thread; a later `microbatches` starts another."""
@@ -107,7 +110,8 @@ class TrainBatches:
     def _read(self, step: int) -> list[Batch]:
         ids = self._order.sample_ids(step * self._global_batch_size, self._global_batch_size)
         mine = ids.reshape(self.num_microbatches, self._ranks, self._micro_batch_size)[:, self._rank]
-        return [collate(self._samples, row) for row in mine]
+        read = [collate(self._samples, row) for row in mine]
+        return read if self._attach is None else [self._attach(batch) for batch in read]
 
 
 class EvaluationBatches:
@@ -153,8 +157,20 @@ class EvaluationBatches:
             batch = collate(self._samples, self._ids[np.minimum(places, self.num_samples - 1)])
             token_places = torch.from_numpy(places)[:, None] * length + torch.arange(length)  # [b, s]
             batch["loss_mask"] *= (token_places < self.num_tokens).view(batch["loss_mask"].shape)
-            yield _move(batch, self._device)
+            yield move(batch, self._device)
 
 
-def _move(batch: Batch, device: torch.device | str) -> Batch:
+def move(batch: Batch, device: torch.device | str) -> Batch:
+    """A copy on a device; max_seqlen stays in main memory."""
     return {name: tensor if name == "max_seqlen" else tensor.to(device) for name, tensor in batch.items()}
+
+
+def sample_segments(batch: Batch) -> list[list[int]]:
+    """Of each sample of a microbatch, the lengths of the stretches that attend to themselves alone."""
+    count = len(batch["sample_ids"])
+    length = batch["tokens"].numel() // count
+    if "cu_seqlens" not in batch:
+        return [[length]] * count
+    ends = batch["cu_seqlens"].numpy().astype(np.int64)
+    borders = np.searchsorted(ends, np.arange(count + 1) * length)
+    return [np.diff(ends[borders[n] : borders[n + 1] + 1]).tolist() for n in range(count)]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import os
 import shutil
@@ -13,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megakd.common.errors import UserError
+from megakd.common.locks import try_lock
 from megakd.data.records import EMPTY
 from megakd.data.sources import Source
 
@@ -202,26 +201,10 @@ def _lock(folder: Path) -> int:
     """Make the folder and lock it until the descriptor is closed."""
     while True:
         folder.mkdir(exist_ok=True)
-        path = folder / "lock"
-        try:
-            descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
-        except FileNotFoundError:
-            continue  # removed by the run that had it
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            # Some cluster file systems have no locks; there two runs are for the user to avoid.
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                os.close(descriptor)
-                raise UserError(
-                    f"another run is writing {folder}. Wait for it, or choose another --output-prefix."
-                ) from error
-        try:
-            if os.path.samestat(os.fstat(descriptor), path.stat()):
-                return descriptor
-        except FileNotFoundError:
-            pass
-        os.close(descriptor)
+        busy = f"another run is writing {folder}. Wait for it, or choose another --output-prefix."
+        lock = try_lock(folder / "lock", busy)
+        if lock is not None:
+            return lock
 
 
 def _sync(path: Path) -> None:

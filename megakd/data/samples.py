@@ -134,9 +134,13 @@ class Blend:
         part = self.parts[number]
         return part.sample(sample_id - int(self._ends[number]) + part.num_samples)
 
+    def first_id(self, number: int) -> int:
+        """The id in the blend of a part's sample 0."""
+        return int(self._ends[number]) - self.parts[number].num_samples
+
     def ids(self, number: int, own: range) -> range:
         """Ids in the blend of these samples of one part."""
-        first = int(self._ends[number]) - self.parts[number].num_samples
+        first = self.first_id(number)
         return range(first + own.start, first + own.stop)
 
 

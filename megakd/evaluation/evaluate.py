@@ -15,7 +15,7 @@ from megakd.losses import DenseSignal, token_statistics
 from megakd.models.microbatch import run_stage
 from megakd.parallel.mesh import ModelMesh
 from megakd.parallel.pipeline import run_pipeline
-from megakd.teacher.protocol import Teacher
+from megakd.teacher import OnlineTeacher
 
 _Pair = tuple[dict[str, Tensor], DenseSignal | None]
 
@@ -41,7 +41,7 @@ def evaluate(
     model: torch.nn.Module,
     mesh: ModelMesh,
     microbatches: Iterable[dict[str, Tensor]],
-    teacher: Teacher | None,
+    teacher: OnlineTeacher | None,
     *,
     vocab_size: int,
     chunk_mib: int | None,

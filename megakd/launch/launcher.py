@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -31,7 +31,9 @@ _POLL_SECONDS = 0.2
 _GRACE_SECONDS = 40.0
 
 
-def run_action(action: str, config: Config, world_size: int, max_restarts: int = 0) -> int:
+def run_action(
+    action: str, config: Config, world_size: int, *, flags: Sequence[str] = (), max_restarts: int = 0
+) -> int:
     """Write the resolved configuration, run an action of `megakd.launch.worker` on every rank.
 
     The run's config.yaml is what it was trained with; other actions write theirs beside the logs. Returns the exit
@@ -43,7 +45,8 @@ def run_action(action: str, config: Config, world_size: int, max_restarts: int =
     partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
     partial.write_text(dump_config(config), encoding="utf-8")
     os.replace(partial, path)
-    return launch_ranks(["megakd.launch.worker", action, str(path)], world_size, folder / "logs", max_restarts)
+    command = ["megakd.launch.worker", action, str(path), *flags]
+    return launch_ranks(command, world_size, folder / "logs", max_restarts)
 
 
 def launch_ranks(command: list[str], nproc_per_node: int, log_dir: Path | str, max_restarts: int = 0) -> int:

@@ -20,13 +20,19 @@ def _evaluate(config: Config) -> None:
     evaluate_run(config, preflighted=True)
 
 
-ACTIONS: dict[str, Callable[[Config], None]] = {"train": _train, "evaluate": _evaluate}
+def _cache(config: Config, *flags: str) -> None:
+    from megakd.training.caching import write_cache
+
+    write_cache(config, dry_run="dry-run" in flags, overwrite="overwrite" in flags)
+
+
+ACTIONS: dict[str, Callable[..., None]] = {"train": _train, "evaluate": _evaluate, "cache": _cache}
 
 
 def main(args: list[str]) -> None:
-    """Run `args` = (action, path of the configuration)."""
-    action, path = args
-    ACTIONS[action](load_config(path, []))
+    """Run `args` = (action, path of the configuration, flags of the action)."""
+    action, path, *flags = args
+    ACTIONS[action](load_config(path, []), *flags)
 
     from megakd.platform import shutdown_distributed
 

@@ -18,7 +18,7 @@ from megakd.losses.chunking import block_rows, chunk_rows
 from megakd.losses.products import project_
 from megakd.losses.shards import VocabularyShard, build_shard, compute_dtype
 
-_COLUMNS = 64  # of a block: as few as to make a search in it cheap, as many as to make blocks few
+_COLUMNS = 32  # of a block: as few as to make a search in it cheap, as many as to make blocks few
 _SEARCHED = 1 << 20  # columns looked at together
 
 

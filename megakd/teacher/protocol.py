@@ -7,13 +7,13 @@ from typing import Protocol
 
 from torch import Tensor
 
-from megakd.losses import DenseSignal
+from megakd.losses import DenseSignal, SparseSignal
 
 
 class Teacher(Protocol):
     """Gives the signal for a window of microbatches."""
 
-    def signals(self, microbatches: Sequence[dict[str, Tensor]]) -> Sequence[DenseSignal | None]:
+    def signals(self, microbatches: Sequence[dict[str, Tensor]]) -> Sequence[DenseSignal | SparseSignal | None]:
         """One signal per microbatch on the student's last pipeline stage; None in each place on other stages.
 
         Collective: every rank of the teacher and of the student calls it with its own microbatches.

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from megakd.cache.folder import TEACHER
 from megakd.common.errors import UserError
 from megakd.config.architecture import GPTArchitecture
 from megakd.config.schema import Config
 from megakd.convert.hf_config import architecture_from_hf
 
 
+def teacher_folder(config: Config) -> str | None:
+    """Where the teacher's config.json and tokenizer are; a cache keeps them, without the weights."""
+    if config.teacher is None:
+        return None
+    return config.teacher.path if config.teacher.source == "online" else str(Path(config.teacher.path) / TEACHER)
+
+
 def teacher_architecture(config: Config) -> GPTArchitecture:
     """The teacher's shape, from its folder's config.json."""
-    assert config.teacher is not None
-    return architecture_from_hf(config.teacher.path)
+    folder = teacher_folder(config)
+    assert folder is not None
+    return architecture_from_hf(folder)
 
 
 def student_architecture(config: Config) -> GPTArchitecture:
@@ -53,4 +62,4 @@ def source_folder(config: Config) -> str | None:
     """The Hugging Face model whose tokenizer and token ids the student keeps."""
     if config.student.init is not None:
         return config.student.init.path
-    return config.teacher.path if config.teacher is not None else None
+    return teacher_folder(config)

@@ -12,6 +12,7 @@ from megatron.core.distributed import (
 )
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 
+from megakd.cache.reader import CacheReader
 from megakd.config.architecture import GPTArchitecture
 from megakd.config.schema import Config, OptimizerSection
 from megakd.convert import load_weights
@@ -19,8 +20,10 @@ from megakd.models.gpt import HiddenStateGPT, build_gpt
 from megakd.models.parameters import canonical_parameters
 from megakd.parallel.mesh import GroupPool, ModelMesh, build_model_mesh
 from megakd.parameters.sharding import padded_vocab_size
-from megakd.teacher import OnlineTeacher, build_online_teacher
+from megakd.teacher import CachedTeacher, OnlineTeacher, build_online_teacher
 from megakd.training.architectures import student_architecture, teacher_architecture
+from megakd.training.teacher_cache import place_samples
+from megakd.training.train_data import TrainData
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -38,17 +41,19 @@ class Student:
 def build_meshes(config: Config) -> tuple[ModelMesh, ModelMesh | None]:
     """The student's mesh and, where there is a teacher, the teacher's own: so far both have one layout."""
     pool = GroupPool()
+    is_online = config.teacher is not None and config.teacher.source == "online"
+    return build_mesh(config, pool), build_mesh(config, pool) if is_online else None
+
+
+def build_mesh(config: Config, pool: GroupPool) -> ModelMesh:
+    """A model's mesh over the whole world."""
     parallel = config.parallel
-
-    def mesh() -> ModelMesh:
-        return build_model_mesh(
-            pool,
-            tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-            pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-            context_parallel_size=parallel.context_parallel_size,
-        )
-
-    return mesh(), mesh() if config.teacher is not None else None
+    return build_model_mesh(
+        pool,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+    )
 
 
 def build_student(config: Config, mesh: ModelMesh, layer_spec: str) -> Student:
@@ -141,3 +146,15 @@ def build_teacher(config: Config, mesh: ModelMesh, layer_spec: str) -> OnlineTea
         sequence_parallel=config.parallel.sequence_parallel,
         student_padded_vocab=padded_vocab_size(vocab_size, config.student.make_vocab_size_divisible_by),
     )
+
+
+def build_cached_teacher(config: Config, data: TrainData) -> CachedTeacher | None:
+    """The teacher out of a cache, where the configuration names one.
+
+    Raises:
+        UserError: it is not of this run's data, or cannot be read.
+    """
+    if config.teacher is None or config.teacher.source != "cache":
+        return None
+    reader = CacheReader(config.teacher.path)
+    return CachedTeacher(reader, place_samples(config, reader, data))

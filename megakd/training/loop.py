@@ -23,12 +23,13 @@ from megakd.evaluation import Scores, evaluate
 from megakd.parallel.random_state import seed_megatron
 from megakd.parameters.sharding import padded_vocab_size
 from megakd.platform import Platform, build_platform, detect_accelerations, init_distributed, resolve_layer_spec
-from megakd.teacher import Teacher
+from megakd.teacher import OnlineTeacher, Teacher
 from megakd.training.architectures import shared_vocab_size, student_architecture, teacher_architecture
 from megakd.training.build import (
     DTYPES,
     Student,
     build_adam,
+    build_cached_teacher,
     build_meshes,
     build_student,
     build_teacher,
@@ -40,9 +41,9 @@ from megakd.training.metrics import MetricsWriter, describe_scores
 from megakd.training.objective import Objective, describe_loss
 from megakd.training.preflight import preflight
 from megakd.training.run_folder import save_run_description
-from megakd.training.schedule import learning_rate, total_steps
+from megakd.training.schedule import learning_rate
 from megakd.training.step import StepResult, train_step
-from megakd.training.train_data import held_out_sources, open_held_out_data, open_train_data
+from megakd.training.train_data import held_out_sources, open_held_out_data, open_train_data, run_steps
 
 
 @dataclass(frozen=True)
@@ -114,25 +115,22 @@ class _Run:
         seed_megatron(config.run.seed, mesh)
         self.student: Student = build_student(config, mesh, layer_spec)
         self.optimizer = build_adam(self.student, config.optimizer, DTYPES[config.run.dtype])
-        self.teacher: Teacher | None = None
+        self.data = open_train_data(config)
+        self.teacher: OnlineTeacher | None = None
         if teacher_mesh is not None:
             self.teacher = build_teacher(config, teacher_mesh, layer_spec)
+        self.cached_teacher = build_cached_teacher(config, self.data)
         # A run on cross-entropy alone has a teacher only to be measured against.
-        self.training_teacher = self.teacher if config.distill.kd_weight > 0 else None
+        self.training_teacher: Teacher | None = self.cached_teacher
+        if config.distill.kd_weight > 0 and self.teacher is not None:
+            self.training_teacher = self.teacher
         self.objective = Objective(
             config.distill, shared_vocab_size(config), mesh.groups.tp, self.student.sequence_parallel
         )
-        self.data = open_train_data(config)
         self.held_out = None
         if held_out_sources(config, config.evaluation.split) is not None:
             self.held_out = open_held_out_data(config, config.evaluation.split)
-        data = config.data
-        self.steps = total_steps(
-            config.schedule,
-            samples=self.data.order.num_samples,
-            sequence_length=data.sequence_length,
-            global_batch_size=data.global_batch_size,
-        )
+        self.steps = run_steps(config, self.data)
         self.step, self.tokens = 0, 0
         self.scores: dict[int, Scores] = {}
         self._announce(layer_spec)
@@ -151,6 +149,7 @@ class _Run:
             data_parallel_rank=self.mesh.dp_rank,
             data_parallel_size=self.mesh.dp_size,
             device=self.platform.device,
+            attach=None if self.cached_teacher is None or not self.mesh.is_last_stage else self.cached_teacher.attach,
         )
         metrics = MetricsWriter(
             self.folder,
@@ -204,7 +203,8 @@ class _Run:
     def _record(self, result: StepResult, rate: float) -> dict[str, Any]:
         config = self.config
         tokens = config.data.global_batch_size * config.data.sequence_length
-        teacher = teacher_architecture(config) if self.training_teacher is not None else None
+        runs_teacher = self.training_teacher is not None and self.cached_teacher is None
+        teacher = teacher_architecture(config) if runs_teacher else None
         flops = step_flops(self.student.architecture, teacher, config.data.sequence_length, tokens)
         return {
             "step": self.step,
@@ -295,7 +295,10 @@ class _Run:
             f"{config.run.name}: student of {student.num_layers} layers, {student.num_parameters():,} parameters "
             f"({config.run.dtype}, {layer_spec} layers) on {self.mesh.describe()}"
         )
-        if config.teacher is not None:
+        if self.cached_teacher is not None:
+            for line in self.cached_teacher.describe():
+                log.info(line)
+        elif config.teacher is not None:
             teacher = teacher_architecture(config)
             use = "" if self.training_teacher is not None else ", for evaluation only"
             log.info(

@@ -11,10 +11,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megakd.config.schema import DistillSection
-from megakd.losses import DenseSignal, chunk_rows, distillation_loss
+from megakd.losses import DenseSignal, SparseSignal, chunk_rows, distillation_loss
 from megakd.models.microbatch import run_stage
 
 Batch = dict[str, Tensor]
+Signal = DenseSignal | SparseSignal | None
 
 
 def describe_loss(distill: DistillSection, num_rows: int, local_vocab: int, device_type: str) -> str:
@@ -46,7 +47,7 @@ class Objective:
     accumulate_main_grad: bool = True
 
     def forward_step(
-        self, pairs: Iterator[tuple[Batch, DenseSignal | None]], model: torch.nn.Module
+        self, pairs: Iterator[tuple[Batch, Signal]], model: torch.nn.Module
     ) -> tuple[Any, Callable[[tuple[Tensor, Tensor]], tuple[Tensor, Tensor, Tensor]]]:
         """One stage's part of a microbatch, and its loss; see parallel.pipeline.run_pipeline."""
         batch, signal = next(pairs)
@@ -57,7 +58,7 @@ class Objective:
         return run_stage(model, batch), loss
 
     def __call__(
-        self, hidden_and_head: tuple[Tensor, Tensor], batch: Batch, signal: DenseSignal | None
+        self, hidden_and_head: tuple[Tensor, Tensor], batch: Batch, signal: Signal
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Returns (loss sum with its gradient, token count, record [4]: total, kd, ce, tokens in fp64).
 
@@ -75,7 +76,8 @@ class Objective:
             kd_weight=self.distill.kd_weight,
             ce_weight=self.distill.ce_weight,
             temperature=self.distill.temperature,
-            teacher_temperature=self.distill.teacher_temperature,
+            # What is known of a few ids is at the teacher's temperature already.
+            teacher_temperature=None if isinstance(signal, SparseSignal) else self.distill.teacher_temperature,
             temperature_squared=self.distill.temperature_squared,
             divergence=self.distill.loss,
             jsd_beta=self.distill.jsd_beta,

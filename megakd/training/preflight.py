@@ -5,9 +5,10 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+from megakd.cache.reader import CacheReader
 from megakd.common.errors import UserError
 from megakd.common.logging import log
-from megakd.config.checks import check_architecture, check_config
+from megakd.config.checks import check_architecture, check_cache_config, check_config
 from megakd.config.schema import Config
 from megakd.convert import check_can_export, check_weights, read_hf_config
 from megakd.convert.hf_config_writing import family_for_export
@@ -18,8 +19,10 @@ from megakd.training.architectures import (
     source_folder,
     student_architecture,
     teacher_architecture,
+    teacher_folder,
 )
-from megakd.training.train_data import Purpose, held_out_sources, open_held_out_data, open_train_data
+from megakd.training.teacher_cache import cache_codec, check_cache_fits
+from megakd.training.train_data import Purpose, held_out_sources, open_held_out_data, open_train_data, run_steps
 
 
 def preflight(config: Config, world_size: int) -> None:
@@ -38,6 +41,26 @@ def preflight(config: Config, world_size: int) -> None:
         _check_export(config)
 
 
+def preflight_cache(config: Config, world_size: int) -> None:
+    """Check a configuration for the writing of a cache, as `preflight` does for a run.
+
+    Raises:
+        UserError: the first thing that does not hold, with its remedy.
+    """
+    check_cache_config(config, world_size)
+    if config.run.layer_spec == "transformer_engine":
+        resolve_layer_spec(config.run.layer_spec, detect_accelerations())
+    check_teacher_model(config)
+    cache_codec(config)
+    open_train_data(config)
+    _check_positions(config)
+    assert config.teacher is not None
+    for source in config.data.train:
+        check = check_same_tokenizer(source.path, config.teacher.path, key="data.train")
+        if not check.checked:
+            log.warning(check.message)
+
+
 def check_models(config: Config) -> None:
     """Hold both models' shapes and weights against the layout; reads headers only.
 
@@ -51,20 +74,32 @@ def check_models(config: Config) -> None:
     )
     if config.student.init is not None:
         check_weights(config.student.init.path, student_architecture(config), config.student.init.layers)
-    if config.teacher is not None:
-        teacher = teacher_architecture(config)
-        check_architecture("teacher", teacher, parallel, length, has_stage_split=False)
-        check_weights(config.teacher.path, teacher)
+    if config.teacher is not None and config.teacher.source == "online":
+        check_teacher_model(config)
+
+
+def check_teacher_model(config: Config) -> None:
+    """Hold the teacher's shape and weights against the layout; reads headers only.
+
+    Raises:
+        UserError: the first thing that does not hold.
+    """
+    assert config.teacher is not None
+    teacher = teacher_architecture(config)
+    check_architecture("teacher", teacher, config.parallel, config.data.sequence_length, has_stage_split=False)
+    check_weights(config.teacher.path, teacher)
 
 
 def _check_data(config: Config) -> None:
-    open_train_data(config)
+    data = open_train_data(config)
+    if config.teacher is not None and config.teacher.source == "cache":
+        check_cache_fits(config, CacheReader(config.teacher.path), data, run_steps(config, data))
     purposes: tuple[Purpose, ...] = ("valid", "test")
     for purpose in purposes:
         if held_out_sources(config, purpose) is not None:
             open_held_out_data(config, purpose)
     _check_positions(config)
-    teacher = config.teacher.path if config.teacher is not None else None
+    teacher = teacher_folder(config)
     # The teacher reads these ids, and the student is exported with its own folder's tokenizer: both must agree.
     models = dict.fromkeys(path for path in (teacher, source_folder(config)) if path is not None)
     for key in ("train", "valid", "test"):

@@ -10,12 +10,11 @@ import torch
 from megatron.core.optimizer import MegatronOptimizer
 
 from megakd.evaluation.evaluate import sum_over_ranks
-from megakd.losses import DenseSignal
 from megakd.parallel.pipeline import run_pipeline
 from megakd.platform import Platform
 from megakd.teacher import Teacher
 from megakd.training.build import Student
-from megakd.training.objective import Batch, Objective
+from megakd.training.objective import Batch, Objective, Signal
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ def accumulate_gradients(
     """
     student.model.zero_grad_buffer()
     started, teacher_seconds = time.perf_counter(), 0.0
-    signals: Sequence[DenseSignal | None] = [None] * len(microbatches)
+    signals: Sequence[Signal] = [None] * len(microbatches)
     if teacher is not None:
         signals = teacher.signals(microbatches)
         platform.synchronize()

@@ -17,15 +17,30 @@ from megakd.data.fingerprint import read_metadata
 from megakd.data.indexed import MASK_ENDING, TokenStream
 from megakd.data.order import SampleOrder, Share, shares_by_epochs, shares_by_weight
 from megakd.data.samples import Blend, Samples, Split, TokenSamples, split_items
+from megakd.training.schedule import total_steps
 
 Purpose = Literal["train", "valid", "test"]
 
 
 @dataclass(frozen=True)
-class TrainData:
-    """Samples to train on, the order in which they come, and lines that tell what was made of the files."""
+class DataPart:
+    """A data set's samples for a purpose: `ids` are theirs within it."""
 
+    source: DataSource
+    of_examples: bool
     samples: Samples
+    ids: range
+    lines: list[str]
+
+
+@dataclass(frozen=True)
+class TrainData:
+    """Samples to train on, the data sets they are of, the order in which they come, and lines that tell what was made
+    of the files.
+    """
+
+    samples: Blend
+    parts: Sequence[DataPart]
     order: SampleOrder
     lines: list[str]
 
@@ -59,7 +74,17 @@ def open_train_data(config: Config) -> TrainData:
     lines = [line for part in parts for line in part.lines]
     if len(shares) > 1 or shares[0].epochs != 1:
         lines += list(_describe_shares(sources, shares, order.num_samples))
-    return TrainData(blend, order, lines)
+    return TrainData(blend, parts, order, lines)
+
+
+def run_steps(config: Config, data: TrainData) -> int:
+    """Optimizer steps of the run."""
+    return total_steps(
+        config.schedule,
+        samples=data.order.num_samples,
+        sequence_length=config.data.sequence_length,
+        global_batch_size=config.data.global_batch_size,
+    )
 
 
 def held_out_sources(config: Config, purpose: Purpose) -> tuple[str, Sequence[DataSource]] | None:
@@ -134,14 +159,7 @@ def check_effects(config: Config, kinds: set[bool]) -> None:
                 )
 
 
-@dataclass(frozen=True)
-class _Part:
-    samples: Samples
-    ids: range
-    lines: list[str]
-
-
-def _open(config: Config, source: DataSource, key: str, purpose: Purpose | None) -> _Part:
+def _open(config: Config, source: DataSource, key: str, purpose: Purpose | None) -> DataPart:
     """Samples of a data set for a purpose; None for all of them."""
     data = config.data
     if not is_examples(source.path, key):
@@ -152,7 +170,7 @@ def _open(config: Config, source: DataSource, key: str, purpose: Purpose | None)
             reset_attention_mask=data.reset_attention_mask,
             eod_mask_loss=data.eod_mask_loss,
         )
-        return _Part(samples, _items_for(config, purpose, samples.num_samples), [])
+        return DataPart(source, False, samples, _items_for(config, purpose, samples.num_samples), [])
     examples = Examples(source.path, data.loss_on, key=key)
     packed = ExampleSamples(
         examples,
@@ -162,7 +180,7 @@ def _open(config: Config, source: DataSource, key: str, purpose: Purpose | None)
         truncation=data.truncation,
         packing=data.packing,
     )
-    return _Part(packed, range(packed.num_samples), packed.fit.describe(key, source.path))
+    return DataPart(source, True, packed, range(packed.num_samples), packed.fit.describe(key, source.path))
 
 
 def _items_for(config: Config, purpose: Purpose | None, count: int) -> range:
