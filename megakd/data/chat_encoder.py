@@ -11,7 +11,7 @@ from typing import Any
 
 from megakd.data.chat_template import Message, RecordError, load_templates
 from megakd.data.offsets import OffsetTokenizer, Turn, require_offsets, turn_mask
-from megakd.data.records import NO_END, RESPONSE, SPECIAL_TEXT, Encoded, Problem, Record, text_problem
+from megakd.data.records import MISSING_KEY, NO_END, RESPONSE, SPECIAL_TEXT, Encoded, Problem, Record, text_problem
 from megakd.data.tokenizer import HuggingFaceTokenizer, Tokenizer
 from megakd.data.turns import ASSISTANT, REASONING, find_turns
 
@@ -65,7 +65,7 @@ class ChatEncoder:
     def _messages(self, record: Record) -> tuple[list[Message], list[Any] | None] | Problem:
         key, tools_key = self._settings.messages_key, self._settings.tools_key
         if key not in record:
-            return Problem("missing key", f"there is no '{key}'")
+            return Problem(MISSING_KEY, f"there is no '{key}'")
         messages, tools = record[key], record.get(tools_key)
         problem = messages_problem(messages, key)
         if problem is None and tools is not None and not isinstance(tools, list):

@@ -20,7 +20,17 @@ from megakd.data.chat_encoder import (
 )
 from megakd.data.chat_template import Message, special_tokens
 from megakd.data.offsets import OffsetTokenizer, Turn, require_offsets
-from megakd.data.records import CONTEXT, NO_END, RESPONSE, Encoded, Problem, Record, RecordEncoder, text_problem
+from megakd.data.records import (
+    CONTEXT,
+    MISSING_KEY,
+    NO_END,
+    RESPONSE,
+    Encoded,
+    Problem,
+    Record,
+    RecordEncoder,
+    text_problem,
+)
 from megakd.data.text_encoder import special_token
 from megakd.data.tokenizer import HuggingFaceTokenizer, Tokenizer
 
@@ -143,7 +153,7 @@ def _texts(record: Record, settings: InstructionSettings) -> tuple[str, str, str
     """The record's prompt, response and system text."""
     for key in (settings.prompt_key, settings.response_key):
         if key not in record:
-            return Problem("missing key", f"there is no '{key}'")
+            return Problem(MISSING_KEY, f"there is no '{key}'")
         problem = text_problem(record[key], key)
         if problem is not None:
             return problem

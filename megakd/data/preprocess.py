@@ -17,7 +17,7 @@ from megakd.data.encoding import Chunk, Packed, encode_chunks, read_chunks
 from megakd.data.fingerprint import fingerprint, write_metadata
 from megakd.data.partial import Partial, check_outputs, output_paths
 from megakd.data.progress import InputBar, note
-from megakd.data.records import EMPTY, EncoderSettings, Problem
+from megakd.data.records import EMPTY, MISSING_KEY, EncoderSettings, Problem
 from megakd.data.sources import DocumentsSource, Format, Source, file_sources
 from megakd.data.text_encoder import TextSettings
 from megakd.data.token_writer import TokenWriter, token_dtype
@@ -261,7 +261,7 @@ class _Run:
         if problem != EMPTY:
             place = f"{name}:{line}: {problem}"
             if self._on_error == "stop":
-                raise UserError(f"{place}. Correct or remove it, or leave out what is wrong with --on-error skip.")
+                raise UserError(f"{place}. {_remedy(problem)}, or leave out what is wrong with --on-error skip.")
             if self._shown < SHOWN_PROBLEMS:
                 note(f"skipped {place}")
             elif self._shown == SHOWN_PROBLEMS:
@@ -297,6 +297,12 @@ class _Run:
 def _check_prefix(prefix: str | Path) -> None:
     if Path(prefix).name in ("", ".", "..") or str(prefix).endswith("/"):
         raise UserError(f"--output-prefix {prefix} names a folder. Add a name, for example {Path(prefix) / 'train'}.")
+
+
+def _remedy(problem: Problem) -> str:
+    if problem.reason == MISSING_KEY:
+        return "Name the keys that are there (--text-key, --messages-key, --prompt-key and --response-key), correct it"
+    return "Correct or remove it"
 
 
 def _kept(partial: Partial | None, sources: Sequence[Source]) -> str:

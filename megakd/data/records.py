@@ -40,6 +40,7 @@ SPECIAL_TEXT = "special token's text in the content"
 Item = tuple[int, Record | Problem]
 
 # The one problem that never stops a run: a record that is in order and has nothing to learn from.
+MISSING_KEY = "missing key"
 EMPTY = Problem("empty")
 NOT_UTF8 = Problem("not UTF-8 text")
 
@@ -103,7 +104,7 @@ def missing_key(fields: Sequence[str], there: Iterable[str]) -> Problem:
     """None of the fields is among the keys that are there."""
     wanted = " or ".join(f"'{name}'" for name in fields)
     shown = ", ".join(list(there)[:20]) or "none"
-    return Problem("missing key", f"no {wanted} (there: {shown})")
+    return Problem(MISSING_KEY, f"no {wanted} (there: {shown})")
 
 
 def damage(error: Exception) -> Problem:

@@ -137,7 +137,7 @@ BAD_LINES = [
     (b"[" * 100_000, "not JSON", "not JSON: "),
     (b'{"text": "a\0b"}', "not JSON", "not JSON: Invalid control character"),
     (b'["a"]', "not a JSON object", "not a JSON object: a list"),
-    (b'{"body": "a", "id": 1}', "missing key", r"missing key: no 'text' \(there: body, id\)"),
+    (b'{"body": "a", "id": 1}', "missing key", r"missing key: no 'text' \(there: body, id\). Name the"),
     (b'{"text": 5}', "wrong type", "wrong type: 'text' is a int, not a string"),
     (b'{"text": null}', "wrong type", "wrong type: 'text' is a null, not a string"),
     (b'{"text": "\\ud800"}', "half a surrogate pair", "half a surrogate pair: 'text' has one"),
