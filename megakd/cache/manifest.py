@@ -76,7 +76,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         "shards": [asdict(shard) for shard in manifest.shards],
     }
     values["checksum"] = _checksum(values)
-    write_durably(folder / MANIFEST, json.dumps(values, indent=2).encode("ascii") + b"\n")
+    write_durably(folder / MANIFEST, json.dumps(values, indent=2).encode("ascii"))
 
 
 def read_manifest(folder: Path) -> Manifest:

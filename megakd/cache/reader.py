@@ -84,7 +84,7 @@ class CacheReader:
     def contains(self, sample_ids: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Which of these samples there are."""
         ids, wanted = self.sample_ids, sample_ids.astype(np.uint64)
-        if self._is_dense:
+        if self._is_dense or not len(ids):
             return wanted < len(ids)
         places = np.searchsorted(ids, wanted)
         found: NDArray[np.bool_] = ids[np.minimum(places, len(ids) - 1)] == wanted
@@ -93,7 +93,7 @@ class CacheReader:
     def entry(self, sample_id: int) -> Entry:
         """A sample's place; raises UserError where it has none."""
         ids = self.sample_ids
-        place = sample_id if self._is_dense else int(np.searchsorted(ids, np.uint64(sample_id)))
+        place = sample_id if self._is_dense or sample_id < 0 else int(np.searchsorted(ids, np.uint64(sample_id)))
         if not 0 <= place < len(ids) or int(ids[place]) != sample_id:
             raise UserError(
                 f"{self.folder} has no sample {sample_id}. Write a cache of the data and the split that this run has."

@@ -77,7 +77,8 @@ class TopKCodec:
         if np.isnan(log_odds).any() or np.isnan(log_probabilities).any():
             raise ValueError("a probability is not a number")
         values = np.take_along_axis(np.asarray(log_probabilities, dtype=np.float64), order, axis=1)
-        shares = np.exp(values - values.max(axis=1, keepdims=True)) if values.size else values
+        with np.errstate(invalid="ignore"):
+            shares = np.exp(values - values.max(axis=1, keepdims=True)) if values.size else values
         if np.isnan(shares).any():
             raise ValueError("a row has no finite log-probability")
         odds = np.clip(log_odds, -np.finfo(self._odds).max, None).astype(np.float64)
