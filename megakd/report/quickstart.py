@@ -31,7 +31,7 @@ def run_quickstart(output_dir: Path, steps: int | None) -> int:
     if not (folder / "distill.yaml").exists():
         raise UserError(f"{folder / 'distill.yaml'} is missing; the quickstart needs a clone of the repository.")
     teacher = str(folder / "teacher")
-    _prepare_text(folder, teacher, output_dir / "data")
+    prepare_text(folder, teacher, output_dir / "data")
     common = [
         f"teacher.path={json.dumps(teacher)}",
         f"student.init.path={json.dumps(teacher)}",
@@ -81,7 +81,12 @@ def standard_library_documents(root: Path, held_out: set[str], want_held_out: bo
             continue  # the library's own tests hold files that are meant not to decode
 
 
-def _prepare_text(folder: Path, teacher: str, output: Path) -> None:
+def prepare_text(folder: Path, teacher: str, output: Path) -> None:
+    """Write the standard library's text as `output`/train and `output`/held_out.
+
+    Raises:
+        UserError: there is too little of it.
+    """
     root = Path(sysconfig.get_paths()["stdlib"])
     held_out = set((folder / "held_out_files.txt").read_text().split())
     tokenizer = load_tokenizer(teacher)

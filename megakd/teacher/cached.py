@@ -57,7 +57,7 @@ class CachedTeacher:
 
         Returns:
             the batch with teacher_ids int64 and teacher_probabilities float32 [s * b, k], and for draws
-            teacher_entropy [s * b], rows in (s, b) order.
+            teacher_entropy [s * b], rows in the order of the hidden states.
 
         Raises:
             UserError: a sample is not in the cache, or not as it is here, or a position that counts is not stored.
@@ -71,7 +71,8 @@ class CachedTeacher:
             sample = self._reader.read(self._cached_id(sample_id), key)
             self._check_stored(sample_id, sample, columns["loss_mask"][number])
             samples.append(sample)
-        return batch | _collate(samples, length)
+        # Hidden states come in (s, b) order; samples that are one row of tokens come one after another.
+        return batch | _collate(samples, length, sample_first="cu_seqlens" in batch)
 
     def signals(self, microbatches: Sequence[Batch]) -> Sequence[SparseSignal | None]:
         """See Teacher.signals; None for microbatches to which nothing was attached."""
@@ -96,17 +97,18 @@ class CachedTeacher:
             )
 
 
-def _collate(samples: Sequence[CachedSample], length: int) -> dict[str, Tensor]:
+def _collate(samples: Sequence[CachedSample], length: int, *, sample_first: bool) -> dict[str, Tensor]:
     width = max(sample.rows.ids.shape[1] for sample in samples)
-    shape = (length, len(samples), width)
-    ids, probabilities = np.full(shape, -1, dtype=np.int64), np.zeros(shape, dtype=np.float32)
-    entropy = np.zeros(shape[:2], dtype=np.float32)
+    shape = (len(samples), length) if sample_first else (length, len(samples))
+    ids, probabilities = np.full((*shape, width), -1, dtype=np.int64), np.zeros((*shape, width), dtype=np.float32)
+    entropy = np.zeros(shape, dtype=np.float32)
     for number, sample in enumerate(samples):
         rows, used = sample.rows, sample.rows.ids.shape[1]
-        ids[sample.stored, number, :used] = rows.ids
-        probabilities[sample.stored, number, :used] = rows.probabilities
+        mine = number if sample_first else (slice(None), number)
+        ids[mine][sample.stored, :used] = rows.ids
+        probabilities[mine][sample.stored, :used] = rows.probabilities
         if rows.entropy is not None:
-            entropy[sample.stored, number] = rows.entropy
+            entropy[mine][sample.stored] = rows.entropy
     attached = {
         _IDS: torch.from_numpy(ids).flatten(0, 1),
         _PROBABILITIES: torch.from_numpy(probabilities).flatten(0, 1),

@@ -19,13 +19,14 @@ from torch import Tensor
 from megakd.cache.folder import TEACHER, CacheFolder
 from megakd.cache.layout import job_id
 from megakd.cache.manifest import Manifest
-from megakd.cache.shards import ShardSeries
+from megakd.cache.shards import SHARD_BYTES, ShardSeries
 from megakd.common.errors import UserError
 from megakd.common.logging import configure_logging, log
 from megakd.config.schema import Config
 from megakd.convert.output_folder import copy_tokenizer_files
 from megakd.data.batches import Batch, collate, move
 from megakd.parallel.mesh import GroupPool
+from megakd.parallel.random_state import seed_megatron
 from megakd.platform import Platform, build_platform, detect_accelerations, init_distributed, resolve_layer_spec
 from megakd.teacher.recording import SampleRecord, TeacherRecorder
 from megakd.training.architectures import teacher_architecture
@@ -72,6 +73,7 @@ class _CacheRun:
         self.config, self.platform = config, platform
         self.path = cache_folder(config)
         self.mesh = build_mesh(config, GroupPool())
+        seed_megatron(config.run.seed, self.mesh)  # megatron-core asks for its random state, dropout or not
         accelerations = detect_accelerations()
         layer_spec = resolve_layer_spec(config.run.layer_spec, accelerations)
         log.info(accelerations.describe())
@@ -119,9 +121,8 @@ class _CacheRun:
             log.info(
                 f"{len(self.ids):,} samples of {self.config.data.sequence_length:,} tokens to {self.path}{going_on}"
             )
-            self._write_samples(
-                todo, ShardSeries(self.path, job_id(job), next_shard + self.mesh.dp_rank, self.mesh.dp_size)
-            )
+            first, step = next_shard + self.mesh.dp_rank, self.mesh.dp_size
+            self._write_samples(todo, ShardSeries(self.path, job_id(job), first, step, shard_bytes=SHARD_BYTES))
             dist.barrier()
             manifest = self._on_rank_0(finish)
         finally:

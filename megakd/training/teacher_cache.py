@@ -229,7 +229,9 @@ def _told(problem: tuple[str, Any, Any], part: DataPart, reader: CacheReader, da
 
 
 def _shown(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) or value is None else str(value)
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _hash_of(tokenizer: dict[str, Any]) -> str:

@@ -119,6 +119,7 @@ class Built:
             global_batch_size=self.config.data.global_batch_size,
             data_parallel_rank=self.mesh.dp_rank,
             data_parallel_size=self.mesh.dp_size,
+            attach=getattr(self.teacher, "attach", None) if self.mesh.is_last_stage else None,
         )
 
     def train(self, first: int, stop: int) -> list[float]:
@@ -150,14 +151,24 @@ def build(values: dict[str, Any]) -> Built:
     from megakd.parallel.random_state import seed_megatron
     from megakd.platform import build_platform
     from megakd.training.architectures import shared_vocab_size
-    from megakd.training.build import DTYPES, build_adam, build_meshes, build_student, build_teacher
+    from megakd.training.build import (
+        DTYPES,
+        build_adam,
+        build_cached_teacher,
+        build_meshes,
+        build_student,
+        build_teacher,
+    )
     from megakd.training.objective import Objective
+    from megakd.training.train_data import open_train_data
 
     config, platform = Config.model_validate(values), build_platform()
     mesh, teacher_mesh = build_meshes(config)
     seed_megatron(config.run.seed, mesh)
     student = build_student(config, mesh, "local")
     optimizer = build_adam(student, config.optimizer, DTYPES[config.run.dtype])
-    teacher = None if teacher_mesh is None else build_teacher(config, teacher_mesh, "local")
+    teacher: Any = build_cached_teacher(config, open_train_data(config))
+    if teacher_mesh is not None:
+        teacher = build_teacher(config, teacher_mesh, "local")
     objective = Objective(config.distill, shared_vocab_size(config), mesh.groups.tp, student.sequence_parallel)
     return Built(config, platform, mesh, student, optimizer, teacher, objective)
