@@ -8,9 +8,9 @@ from megakd._version import __version__
 
 if TYPE_CHECKING:
     from megakd.config.load import load_config
-    from megakd.training import DistillResult, distill
+    from megakd.training import DistillResult, distill, write_cache
 
-__all__ = ["DistillResult", "__version__", "distill", "load_config"]
+__all__ = ["DistillResult", "__version__", "distill", "load_config", "write_cache"]
 
 
 def __getattr__(name: str) -> Any:
@@ -19,7 +19,7 @@ def __getattr__(name: str) -> Any:
         from megakd.config.load import load_config
 
         return load_config
-    if name in ("DistillResult", "distill"):
+    if name in ("DistillResult", "distill", "write_cache"):
         from megakd import training
 
         return getattr(training, name)

@@ -16,7 +16,7 @@ ROWS = [
     {"platform"},
     {"parallel"},
     {"models", "losses", "data"},
-    {"checkpoint"},
+    {"checkpoint", "cache"},
     {"convert"},
     {"teacher"},
     {"evaluation"},

@@ -54,7 +54,7 @@ def check_cache_config(config: Config, world_size: int) -> None:
         raise UserError(
             f"{found}; a cache is written from a teacher. Set teacher.path to its folder and teacher.source to online."
         )
-    check_sparse_divergence(config, "a cache is to be written")
+    _require_forward_kl(config, "a cache is to be written")
     check_student_source(config)
     check_temperature(config)
     check_loss_weights(config)
@@ -167,10 +167,10 @@ def check_cached_teacher(config: Config) -> None:
             "teacher.source is cache and has no effect with distill.kd_weight 0. Leave the teacher section out, or "
             "set distill.kd_weight above 0."
         )
-    check_sparse_divergence(config, "teacher.source is cache")
+    _require_forward_kl(config, "teacher.source is cache")
 
 
-def check_sparse_divergence(config: Config, found: str) -> None:
+def _require_forward_kl(config: Config, found: str) -> None:
     """Of a cache's teacher a few ids are known; `found` begins the message."""
     if config.distill.loss != "forward_kl":
         raise UserError(

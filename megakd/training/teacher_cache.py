@@ -70,7 +70,11 @@ def cache_job(config: Config, data: TrainData, stored: NDArray[np.int64]) -> dic
         "temperature": teacher_temperature(config),
         **({"seed": config.run.seed} if codec.mode == "sampled" else {}),
         "sequence_length": config.data.sequence_length,
-        "samples": {"scope": config.cache.scope, "count": len(stored)},
+        "samples": {
+            "scope": config.cache.scope,
+            "count": len(stored),
+            "ids": hashlib.blake2b(stored.astype("<i8").tobytes(), digest_size=16).hexdigest(),
+        },
         "teacher": {
             "dtype": config.teacher.dtype or config.run.dtype,
             "architecture": teacher_architecture(config).model_dump(),

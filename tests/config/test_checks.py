@@ -48,6 +48,17 @@ REFUSED: list[tuple[str, dict[str, Any], tuple[int, ...], str]] = [
      (), "distill.temperature_squared is false and has no effect with distill.kd_weight 0."),
     ("loss_weights", {"distill__kd_weight": 0}, (), "distill.kd_weight and distill.ce_weight are both 0; at least one"),
     ("teacher", {"teacher": None}, (), "distill.kd_weight is 1 and there is no teacher section. Set teacher.path, or"),
+    ("cached_teacher", {"teacher": {"path": "x", "source": "cache", "dtype": "bf16"}}, (),
+     "teacher.dtype is bf16 and has no effect on a cache (teacher.source). Leave it out."),
+    ("cached_teacher", {"teacher": {"path": "x", "source": "cache"}, "distill__loss": "jsd"}, (),
+     "teacher.source is cache and distill.loss is jsd; only forward_kl can be had from some of the teacher's ids"),
+    ("cached_teacher",
+     {"teacher": {"path": "x", "source": "cache"}, "distill__kd_weight": 0, "distill__ce_weight": 1}, (),
+     "teacher.source is cache and has no effect with distill.kd_weight 0."),
+    ("cache", {"cache": {"k": 4}}, (), "cache.k is 4 and has no effect on cache.mode sampled. Leave it out, or set"),
+    ("cache", {"cache": {"mode": "topk", "num_samples": 4}}, (),
+     "cache.num_samples is 4 and has no effect on cache.mode topk."),
+    ("cache", {"cache": {"log_probability_bits": 16}}, (), "cache.log_probability_bits is 16 and has no effect on"),
     ("held_out_source", {"data__valid": "v", "data__valid_fraction": 0.1}, (),
      "data.valid is 'v' and data.valid_fraction is 0.1; at most one may be given."),
     ("held_out_source", {"data__test": "v", "data__test_fraction": 0.1}, (),
@@ -130,6 +141,10 @@ ACCEPTED: list[tuple[str, dict[str, Any], tuple[int, ...]]] = [
     ("evaluation_data", {"evaluation__split": "test", "data__test_fraction": 0.4}, ()),
     ("teacher", {"distill__kd_weight": 0, "distill__ce_weight": 1}, ()),
     ("teacher", {"distill__kd_weight": 0, "distill__ce_weight": 1, "teacher": None}, ()),
+    ("cached_teacher", {"teacher": {"path": "x", "source": "cache"}, "distill__ce_weight": 1}, ()),
+    ("cached_teacher", {"teacher": {"path": "x", "source": "cache"}, "distill__teacher_temperature": 2.0}, ()),
+    ("cache", {"cache": {"mode": "topk", "k": 4, "log_probability_bits": 32}}, ()),
+    ("cache", {"cache": {"num_samples": 4, "scope": "run"}}, ()),
     ("held_out_source", {"data__valid": "v"}, ()),
     ("held_out_source", {"data__valid_fraction": 0.1}, ()),
     ("evaluation_data", {"evaluation__interval": 5, "data__valid": "v"}, ()),
@@ -181,7 +196,32 @@ def test_accepted(rule: str, changes: dict[str, Any], arguments: tuple[int, ...]
 def test_every_rule_is_tested_both_ways() -> None:
     rules = {name.removeprefix("check_") for name in vars(checks) if name.startswith("check_")}
     on_models = {"architecture", "experts", "positions", "tensor_split", "vocabulary_split", "layer_split"}
-    assert {rule for rule, *_ in REFUSED} == {rule for rule, *_ in ACCEPTED} == rules - on_models - {"config"}
+    assert (
+        {rule for rule, *_ in REFUSED}
+        == {rule for rule, *_ in ACCEPTED}
+        == rules - on_models - {"config", "cache_config"}
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"teacher": None}, "there is no teacher section; a cache is written from a teacher. Set teacher.path to"),
+        ({"teacher": {"path": "x", "source": "cache"}}, "teacher.source is cache; a cache is written from a teacher."),
+        ({"distill__loss": "tvd"}, "a cache is to be written and distill.loss is tvd; only forward_kl can be had"),
+        ({"cache": {"k": 3}}, "cache.k is 3 and has no effect on cache.mode sampled."),
+        ({TP: 3}, "the run has 4 ranks; there must be a multiple of tensor 3"),
+    ],
+)
+def test_a_cache_that_cannot_be_written(changes: dict[str, Any], line: str) -> None:
+    with pytest.raises(UserError) as error:
+        checks.check_cache_config(config(**changes), 4)
+    assert str(error.value).startswith(line)
+
+
+def test_a_cache_is_written_whatever_the_student_s_layout_allows() -> None:
+    # Six layers and microbatches of two would not do for a student on these ranks.
+    checks.check_cache_config(config(**{**NEW, TP: 2, PP: 4, "data__global_batch_size": 10}), 8)
 
 
 def test_rules_about_ranks_wait_for_their_number() -> None:

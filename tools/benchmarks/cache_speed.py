@@ -145,8 +145,7 @@ def _signal(codec: Codec, records: list[bytes]) -> SparseSignal:
     for number, r in enumerate(rows):
         ids[:, number, : r.ids.shape[1]] = r.ids
         probabilities[:, number, : r.ids.shape[1]] = r.probabilities
-    entropy = None
-    if rows[0].entropy is not None:
-        entropy = torch.from_numpy(np.stack([r.entropy for r in rows], axis=1)).flatten()  # type: ignore[arg-type]
+    entropies = [r.entropy for r in rows if r.entropy is not None]
+    entropy = torch.from_numpy(np.stack(entropies, axis=1)).flatten() if entropies else None
     flat = torch.from_numpy(ids).flatten(0, 1), torch.from_numpy(probabilities).flatten(0, 1)
     return SparseSignal(*flat, SIGNAL_MODES[codec.mode], entropy)
