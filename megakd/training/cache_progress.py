@@ -29,9 +29,9 @@ class CacheProgress:
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
             self._bar = Progress(
-                BarColumn(),
+                BarColumn(bar_width=16),
                 MofNCompleteColumn(),
-                TextColumn("samples, {task.fields[figures]}"),
+                TextColumn("{task.fields[figures]}"),
                 TimeRemainingColumn(),
                 console=Console(stderr=True),
             )
@@ -45,17 +45,15 @@ class CacheProgress:
             return
         now = time.monotonic()
         done = min(self._total, self._done + self._samples * self._ranks)
-        rate = self._rows * self._ranks / max(now - self._started, 1e-6)
-        figures = (
-            f"{self._rows * self._ranks:,} tokens, {written / self._rows:.1f} bytes per token, {rate:,.0f} tokens/s"
-        )
+        figures = f"{self._rows * self._ranks:,} tokens, {written / self._rows:.1f} bytes per token"
         if self._bar is not None:
             self._bar.update(self._bar.tasks[0].id, completed=done, figures=figures)
         elif now - self._said >= _LINE_SECONDS:
             self._said = now
             new = max(done - self._done, 1)
             left = duration((self._total - done) * (now - self._started) / new)
-            note(f"{done:,} of {self._total:,} samples, {figures}, {left} left")
+            rate = self._rows * self._ranks / max(now - self._started, 1e-6)
+            note(f"{done:,} of {self._total:,} samples, {figures}, {rate:,.0f} tokens/s, {left} left")
 
     def __enter__(self) -> CacheProgress:
         if self._bar is not None:
