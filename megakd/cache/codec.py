@@ -17,7 +17,7 @@ class Rows:
     """What is known of the teacher at n positions.
 
     Attributes:
-        ids: int64 [n, k], ascending in a row; -1 in empty slots, which are at its end.
+        ids: int64 [n, k], distinct in a row; -1 in empty slots.
         probabilities: float32 [n, k], 0 in empty slots.
         entropy: float32 [n], nats, of the whole distribution; None where the mode keeps none.
     """
@@ -74,6 +74,12 @@ def check_ids(ids: NDArray[np.int64], ascending: NDArray[np.bool_] | bool, vocab
         raise ValueError("ids are not in ascending order")
     if ids.size and int(ids.max()) >= vocab_size:
         raise ValueError(f"id {int(ids.max())} is beyond the vocabulary of {vocab_size}")
+
+
+def check_entropy(entropy: NDArray[np.floating[Any]]) -> None:
+    """Raise ValueError for one that cannot be."""
+    if not np.all(np.isfinite(entropy) & (entropy >= 0)):
+        raise ValueError("an entropy is below 0 or not finite")
 
 
 class Fields:

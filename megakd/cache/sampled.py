@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megakd.cache.bits import find_bits, pack, packed_bytes, set_bits, unpack
-from megakd.cache.codec import MAX_VOCAB_SIZE, Fields, Rows, check_ids, check_whole
+from megakd.cache.codec import MAX_VOCAB_SIZE, Fields, Rows, check_entropy, check_ids, check_whole
 
 MAX_SAMPLES = 65535
 
@@ -46,8 +46,7 @@ class SampledCodec:
         if ids.size and ids[:, 0].min() < 0:
             raise ValueError(f"id {int(ids.min())} is below 0")
         stored = np.asarray(entropy, dtype=np.float64).astype("<f2")
-        if not np.all(np.isfinite(stored) & (stored >= 0)):
-            raise ValueError("an entropy is below 0 or not finite")
+        check_entropy(stored)
         ends = np.ones(ids.shape, dtype=np.bool_)  # the last draw of each id
         ends[:, :-1] = ids[:, 1:] != ids[:, :-1]
         distinct = ids[ends]
@@ -75,8 +74,7 @@ class SampledCodec:
             raise ValueError(f"{low} low bits for a vocabulary of {self.vocab_size}")
         ends = find_bits(fields.take(packed_bytes(draws, 1)))
         entropy = fields.array("<f2", rows).astype(np.float32)
-        if not np.all(np.isfinite(entropy) & (entropy >= 0)):
-            raise ValueError("an entropy is below 0 or not finite")
+        check_entropy(entropy)
         row = ends // self.num_samples
         per_row = np.bincount(row, minlength=rows)
         if len(per_row) != rows or not np.isin(np.arange(1, rows + 1) * self.num_samples - 1, ends).all():

@@ -183,7 +183,7 @@ def _require_forward_kl(config: Config, found: str) -> None:
 def check_cache(config: Config) -> None:
     """Each mode has its own settings."""
     cache = config.cache
-    for mode, keys in (("sampled", ("num_samples",)), ("topk", ("k", "log_probability_bits"))):
+    for mode, keys in (("sampled", ("num_samples",)), ("topk", ("k", "log_probability_bits", "tail_samples"))):
         for key in keys:
             value = getattr(cache, key)
             if value is not None and cache.mode != mode:

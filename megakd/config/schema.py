@@ -74,7 +74,7 @@ class CacheSection(Section):
         default=None, description="Folder to write; <run.output_dir>/teacher_cache where not given."
     )
     mode: Literal["sampled", "topk"] = Field(
-        default="sampled", description="Draws from the teacher, or its largest probabilities and the mass beside them."
+        default="sampled", description="Draws from the teacher, or its largest probabilities and draws from the rest."
     )
     num_samples: int | None = Field(
         default=None, ge=1, le=65535, description="sampled: draws per token; 32 where not given."
@@ -82,6 +82,12 @@ class CacheSection(Section):
     k: int | None = Field(default=None, ge=1, description="topk: ids per token; 32 where not given.")
     log_probability_bits: Literal[8, 16, 32] | None = Field(
         default=None, description="topk: bits of each log-probability; 8 where not given."
+    )
+    tail_samples: int | None = Field(
+        default=None,
+        ge=0,
+        le=64,
+        description="topk: draws from the other ids (3 where not given); 0 keeps their mass alone.",
     )
     scope: Literal["dataset", "run"] = Field(
         default="dataset", description="All training samples, or those alone that the run's steps will visit."

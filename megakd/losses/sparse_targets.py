@@ -1,7 +1,11 @@
 """What a sparse signal keeps of a teacher: draws from its distribution, or its k largest probabilities.
 
-Logits exist a chunk of rows at a time. Masses are summed in fp64, in blocks of columns whose sums lead a point of the
-cumulative distribution to its block and then to its id.
+Logits exist a chunk of rows at a time. Masses are summed in fp64, by blocks of columns.
+
+Systematic sampling is done twice: equally spaced points through the blocks' masses say how many draws each block has,
+and as many equally spaced points through a block say which. Points through all ids in one go have as many borders to
+fall over as there are ids, each as far off as all sums before it: of logits that differ in their last digits, as those
+of two layouts do, many times more draws came out otherwise.
 """
 
 from __future__ import annotations
@@ -16,9 +20,11 @@ from torch.distributed import ProcessGroup
 
 from megakd.losses.chunking import block_rows, chunk_rows
 from megakd.losses.products import project_
-from megakd.losses.shards import VocabularyShard, build_shard, compute_dtype
+from megakd.losses.shards import SENTINEL, VocabularyShard, build_shard, compute_dtype
 
-_COLUMNS = 32  # of a block: as few as to make a search in it cheap, as many as to make blocks few
+BLOCK_COLUMNS = 32  # as few as to make a search in a block cheap, as many as to make blocks few
+_STEP = 0.6180339887498949  # golden ratio: offsets of neighbouring blocks are spread evenly
+_LOW_BITS = 2.0**26  # of an offset: below what decides between blocks
 _SEARCHED = 1 << 20  # columns looked at together
 
 
@@ -33,11 +39,15 @@ class Largest(NamedTuple):
     """ids: [n, k] int64 and log_probabilities [n, k] fp64, largest first; log_odds: [n] fp64.
 
     The log-odds ln(P / (1 - P)) of the ids' mass P keep what is left beside them exact; infinite where nothing is.
+    tail_ids: [n, m] int64, ascending in a row, with repeats: draws from the other ids; 0 where nothing is left.
+    entropy: [n] fp64, of the whole distribution, in nats.
     """
 
     ids: Tensor
     log_probabilities: Tensor
     log_odds: Tensor
+    tail_ids: Tensor
+    entropy: Tensor
 
 
 @torch.no_grad()
@@ -52,36 +62,28 @@ def draw_systematically(
     tp_group: ProcessGroup | None = None,
     chunk_mib: int | None = None,
 ) -> Draws:
-    """N equally spaced points through each row's cumulative distribution, softmax(hidden head^T / temperature).
+    """N systematic draws from each row's distribution, softmax(hidden head^T / temperature).
 
-    Systematic sampling: an id is drawn N p times, rounded down or up, and on average exactly N p times where the
-    offset is uniform. Equal logits and offsets give equal draws whatever the number of tensor ranks, but for points
-    that the rounding of fp64 moves over a border between ids.
+    An id is drawn exactly N p times on average over uniform offsets, and a block of BLOCK_COLUMNS ids N P times rounded
+    down or up. Equal logits and offsets give equal draws whatever the number of tensor ranks, but for points that the
+    rounding of fp64 moves over a border.
 
-    hidden: [n, h] on every tensor rank; head: [v/tp, h].
+    hidden: [n, h] on every tensor rank; head: [v/tp, h], over several ranks v/tp a multiple of BLOCK_COLUMNS.
     offsets: [n] fp64 in [0, 1), of the first point in steps of 1/N.
 
     Returns the same on every tensor rank. Raises ValueError for a size or a temperature that cannot be.
     """
     _check(num_samples, "num_samples", temperature)
-    shard = build_shard(head.shape[0], vocab_size, tp_group)
+    shard = _build_shard(head, vocab_size, tp_group)
     count = hidden.shape[0]
     ids = torch.zeros((count, num_samples), dtype=torch.int64, device=hidden.device)
     entropy = torch.empty(count, dtype=torch.float64, device=hidden.device)
-    steps = torch.arange(num_samples, dtype=torch.float64, device=hidden.device)
     for part, x in _chunks(hidden, head, shard, temperature, chunk_mib):
-        blocks, dot = _masses(x, with_dot=True)
-        sums = blocks.cumsum(1)
-        gathered = shard.gather_statistics(torch.stack([sums[:, -1], dot], dim=1))  # [tp, c, 2]
-        ends = gathered[:, :, 0].cumsum(0)
-        total = ends[-1]
-        entropy[part] = (total.log() - gathered[:, :, 1].sum(0) / total).clamp_(min=0.0)
-        points = (steps + offsets[part].unsqueeze(1)) * (total / num_samples).unsqueeze(1)
-        points = torch.minimum(points, _below(total).unsqueeze(1))
-        end = ends[shard.tp_rank].unsqueeze(1)
-        begin = ends[shard.tp_rank - 1].unsqueeze(1) if shard.tp_rank else torch.zeros_like(end)
-        mine = (points >= begin) & (points < end)
-        ids[part] = torch.where(mine, _search(x, sums, points - begin) + shard.first_id, 0)
+        blocks, dot = _masses(x)
+        totals, dot = _gather_masses(shard, blocks, dot)
+        total = totals.sum(0)
+        entropy[part] = (total.log() - dot / total).clamp_(min=0.0)
+        ids[part] = _draw(x, blocks, totals, offsets[part], num_samples, shard)
     return Draws(shard.sum_statistics(ids), entropy)
 
 
@@ -93,24 +95,28 @@ def find_largest(
     k: int,
     vocab_size: int,
     temperature: float = 1.0,
+    tail_offsets: Tensor | None = None,
+    tail_samples: int = 0,
     tp_group: ProcessGroup | None = None,
     chunk_mib: int | None = None,
 ) -> Largest:
-    """The k largest of softmax(hidden head^T / temperature) and the mass they have; arguments as draw_systematically.
+    """The k largest of softmax(hidden head^T / temperature), and `tail_samples` systematic draws from the others.
 
-    Returns the same on every tensor rank. Raises ValueError for a size or a temperature that cannot be.
+    Arguments as draw_systematically has them; tail_offsets is its offsets. Returns the same on every tensor rank.
+    Raises ValueError for a size or a temperature that cannot be.
     """
     _check(k, "k", temperature)
     if k > vocab_size:
         raise ValueError(f"k is {k}; it must be at most vocab_size, {vocab_size}.")
-    shard = build_shard(head.shape[0], vocab_size, tp_group)
-    count = hidden.shape[0]
-    ids = torch.empty((count, k), dtype=torch.int64, device=hidden.device)
-    log_probabilities = torch.empty((count, k), dtype=torch.float64, device=hidden.device)
-    log_odds = torch.empty(count, dtype=torch.float64, device=hidden.device)
+    if tail_samples and (tail_offsets is None or k == vocab_size):
+        raise ValueError(f"tail_samples is {tail_samples}; draws need tail_offsets, and ids beside the k.")
+    shard = _build_shard(head, vocab_size, tp_group)
+    count, device = hidden.shape[0], hidden.device
+    ids = torch.empty((count, k), dtype=torch.int64, device=device)
+    log_probabilities = torch.empty((count, k), dtype=torch.float64, device=device)
+    log_odds, entropy = (torch.empty(count, dtype=torch.float64, device=device) for _ in range(2))
+    tail_ids = torch.zeros((count, tail_samples), dtype=torch.int64, device=device)
     for part, x in _chunks(hidden, head, shard, temperature, chunk_mib):
-        blocks, _ = _masses(x, with_dot=False)
-        total = shard.gather_statistics(blocks.sum(1, keepdim=True)).sum(0).squeeze(1)
         values, columns = _top_columns(x, min(k, shard.width))
         if shard.tp_size > 1:
             values = torch.cat(shard.gather_statistics(values).unbind(), dim=1)
@@ -118,11 +124,18 @@ def find_largest(
             values, places = values.topk(k, dim=1)
             columns = columns.gather(1, places)
         values = values.double()
-        kept = values.exp().sum(1)
-        left = torch.zeros_like(total) if k == vocab_size else (total - kept).clamp_(min=0.0)
-        ids[part], log_probabilities[part] = columns, values - total.log().unsqueeze(1)
+        _mask_out_(x, columns - shard.first_id)
+        blocks, dot = _masses(x)
+        totals, dot = _gather_masses(shard, blocks, dot)
+        powers, left = values.exp(), totals.sum(0)
+        kept = powers.sum(1)
+        log_total = (kept + left).log()
+        ids[part], log_probabilities[part] = columns, values - log_total.unsqueeze(1)
         log_odds[part] = kept.log() - left.log()
-    return Largest(ids, log_probabilities, log_odds)
+        entropy[part] = (log_total - (dot + (powers * values).sum(1)) / (kept + left)).clamp_(min=0.0)
+        if tail_offsets is not None and tail_samples:
+            tail_ids[part] = _draw(x, blocks, totals, tail_offsets[part], tail_samples, shard)
+    return Largest(ids, log_probabilities, log_odds, shard.sum_statistics(tail_ids), entropy)
 
 
 def _check(count: int, name: str, temperature: float) -> None:
@@ -130,6 +143,13 @@ def _check(count: int, name: str, temperature: float) -> None:
         raise ValueError(f"{name} is {count}; it must be at least 1.")
     if not 0.0 < temperature < float("inf"):
         raise ValueError(f"temperature is {temperature}; it must be > 0.")
+
+
+def _build_shard(head: Tensor, vocab_size: int, group: ProcessGroup | None) -> VocabularyShard:
+    shard = build_shard(head.shape[0], vocab_size, group)
+    if shard.tp_size > 1 and shard.width % BLOCK_COLUMNS:
+        raise ValueError(f"{shard.width} rows of the head on a rank; they must be a multiple of {BLOCK_COLUMNS}.")
+    return shard
 
 
 def _chunks(
@@ -157,57 +177,83 @@ def _chunks(
         yield part, x.sub_(highest)
 
 
-def _masses(x: Tensor, *, with_dot: bool) -> tuple[Tensor, Tensor]:
-    """Sums of e^x [c, blocks] in fp64, and sum e^x x [c] over this shard, or zeros."""
+def _mask_out_(x: Tensor, columns: Tensor) -> None:
+    """Leave no mass in these columns [c, k], of which some may be other shards'."""
+    row, slot = ((columns >= 0) & (columns < x.shape[1])).nonzero(as_tuple=True)
+    x[row, columns[row, slot]] = SENTINEL
+
+
+def _gather_masses(shard: VocabularyShard, blocks: Tensor, dot: Tensor) -> tuple[Tensor, Tensor]:
+    """The mass of each shard [tp, c], and `dot` [c] over all."""
+    gathered = shard.gather_statistics(torch.stack([blocks.sum(1), dot], dim=1))  # [tp, c, 2]
+    return gathered[:, :, 0], gathered[:, :, 1].sum(0)
+
+
+def _masses(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums of e^x [c, blocks] in fp64, and sum e^x x [c] over this shard."""
     rows, width = x.shape
-    count = -(-width // _COLUMNS)
+    count = -(-width // BLOCK_COLUMNS)
     blocks = torch.empty((rows, count), dtype=torch.float64, device=x.device)
-    dot = torch.zeros(rows, dtype=torch.float64, device=x.device)
+    dot = torch.empty(rows, dtype=torch.float64, device=x.device)
     step = block_rows(rows, width, 4, x.device, x.element_size())
     powers = torch.empty((min(step, rows), width), dtype=x.dtype, device=x.device)
-    exact = torch.zeros((min(step, rows), count * _COLUMNS), dtype=torch.float64, device=x.device)
+    exact = torch.zeros((min(step, rows), count * BLOCK_COLUMNS), dtype=torch.float64, device=x.device)
     for start in range(0, rows, step):
         part = slice(start, min(start + step, rows))
         block, size = x[part], part.stop - start
         e = torch.exp(block, out=powers[:size])
         wide = exact[:size]
         wide[:, :width].copy_(e)
-        torch.sum(wide.view(size, count, _COLUMNS), 2, out=blocks[part])
-        if with_dot:
-            dot[part] = torch.linalg.vecdot(e, block).double()
+        torch.sum(wide.view(size, count, BLOCK_COLUMNS), 2, out=blocks[part])
+        dot[part] = torch.linalg.vecdot(e, block).double()
     return blocks, dot
 
 
-def _below(values: Tensor) -> Tensor:
-    return torch.nextafter(values, torch.zeros_like(values))
+def _draw(x: Tensor, blocks: Tensor, totals: Tensor, offsets: Tensor, count: int, shard: VocabularyShard) -> Tensor:
+    """Draws [c, count] by mass e^x, in ascending order; 0 where they are another shard's, or there is no mass.
 
-
-def _search(x: Tensor, sums: Tensor, points: Tensor) -> Tensor:
-    """The columns [c, N] at points of the cumulative sum of e^x, summed by block in `sums`; any for points outside.
-
-    A column of no mass is never found.
+    blocks: [c, blocks], the masses; totals: [tp, c], their sums on every shard.
     """
-    found = torch.empty(points.shape, dtype=torch.int64, device=x.device)
-    step = max(1, _SEARCHED // (points.shape[1] * _COLUMNS))
+    sums, ends = blocks.cumsum(1), totals.cumsum(0)
+    total, end = ends[-1].unsqueeze(1), ends[shard.tp_rank].unsqueeze(1)
+    begin = ends[shard.tp_rank - 1].unsqueeze(1) if shard.tp_rank else torch.zeros_like(end)
+    points = (torch.arange(count, dtype=torch.float64, device=x.device) + offsets.unsqueeze(1)) * (total / count)
+    points = torch.minimum(points, torch.nextafter(total, torch.zeros_like(total)))
+    mine = (points >= begin) & (points < end)
+    # What the sum of all shards rounds up beyond this one's own falls to the last block that has mass.
+    inside = torch.minimum(points - begin, torch.nextafter(sums[:, -1:], torch.zeros_like(end))).clamp_(min=0.0)
+    block = torch.searchsorted(sums, inside, right=True).clamp_(max=blocks.shape[1] - 1)
+    block = torch.where(mine, block, torch.where(points < begin, -1, blocks.shape[1]))
+    first = torch.searchsorted(block, block)
+    drawn = torch.searchsorted(block, block, right=True) - first
+    offset = (offsets.unsqueeze(1) * _LOW_BITS + (block + shard.first_id // BLOCK_COLUMNS) * _STEP).frac()
+    share = (torch.arange(count, device=x.device) - first + offset) / drawn
+    columns = _search(x, block.clamp(0, blocks.shape[1] - 1), share)
+    return torch.where(mine, columns + shard.first_id, 0)
+
+
+def _search(x: Tensor, block: Tensor, share: Tensor) -> Tensor:
+    """The columns [c, N] where the cumulative sum of e^x through a block passes this share of its mass.
+
+    A column of no mass is not found in a block that has some.
+    """
+    found = torch.empty(block.shape, dtype=torch.int64, device=x.device)
+    step = max(1, _SEARCHED // (block.shape[1] * BLOCK_COLUMNS))
     for start in range(0, len(x), step):
         part = slice(start, start + step)
-        found[part] = _search_rows(x[part], sums[part], points[part])
+        found[part] = _search_rows(x[part], block[part], share[part])
     return found
 
 
-def _search_rows(x: Tensor, sums: Tensor, points: Tensor) -> Tensor:
+def _search_rows(x: Tensor, block: Tensor, share: Tensor) -> Tensor:
     width = x.shape[1]
-    points = torch.minimum(points.clamp(min=0.0), _below(sums[:, -1:]).clamp(min=0.0))
-    block = torch.searchsorted(sums, points, right=True).clamp_(max=sums.shape[1] - 1)
-    before = torch.where(block > 0, sums.gather(1, (block - 1).clamp(min=0)), 0.0)
-    columns = block.unsqueeze(2) * _COLUMNS + torch.arange(_COLUMNS, device=x.device)  # [c, N, columns]
-    inside = columns < width
-    flat = columns.clamp(max=width - 1).flatten(1)
-    mass = x.gather(1, flat).view(columns.shape).exp().double().masked_fill(~inside, 0.0)
-    passed = mass.cumsum(2) <= (points - before).unsqueeze(2)
-    # The block's own sum and the sum of its columns may round apart: the last column with mass takes what is over.
-    last = torch.where(mass > 0, torch.arange(_COLUMNS, device=x.device), 0).amax(2)
-    return block * _COLUMNS + torch.minimum(passed.sum(2), last)
+    places = torch.arange(BLOCK_COLUMNS, device=x.device)
+    columns = block.unsqueeze(2) * BLOCK_COLUMNS + places  # [c, N, columns]
+    mass = x.gather(1, columns.clamp(max=width - 1).flatten(1)).view(columns.shape).exp().double()
+    sums = mass.masked_fill_(columns >= width, 0.0).cumsum(2)
+    passed = sums <= share.unsqueeze(2) * sums[:, :, -1:]
+    last = torch.where(mass > 0, places, 0).amax(2)
+    return block * BLOCK_COLUMNS + torch.minimum(passed.sum(2), last)
 
 
 def _top_columns(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -216,14 +262,14 @@ def _top_columns(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     They are in the k blocks with the largest maxima: where those are few, only they are searched.
     """
     rows, width = x.shape
-    count = width // _COLUMNS
+    count = width // BLOCK_COLUMNS
     if count <= 2 * k:
         values, columns = x.topk(k, dim=1)
         return values, columns
-    whole = count * _COLUMNS
-    maxima = x[:, :whole].unflatten(1, (count, _COLUMNS)).amax(2)
+    whole = count * BLOCK_COLUMNS
+    maxima = x[:, :whole].unflatten(1, (count, BLOCK_COLUMNS)).amax(2)
     block = maxima.topk(k, dim=1).indices
-    columns = (block.unsqueeze(2) * _COLUMNS + torch.arange(_COLUMNS, device=x.device)).flatten(1)
+    columns = (block.unsqueeze(2) * BLOCK_COLUMNS + torch.arange(BLOCK_COLUMNS, device=x.device)).flatten(1)
     rest = torch.arange(whole, width, device=x.device).expand(rows, -1)
     columns = torch.cat([columns, rest], dim=1)
     values, places = x.gather(1, columns).topk(k, dim=1)

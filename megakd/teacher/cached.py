@@ -10,12 +10,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from megakd.cache.codec import Codec
 from megakd.cache.reader import CachedSample, CacheReader, sample_hash
+from megakd.cache.topk import TopKCodec
 from megakd.common.errors import UserError
 from megakd.data.batches import Batch, sample_segments
 from megakd.losses import SparseSignal
 
-SIGNAL_MODES = {"sampled": "sampled", "topk": "tail_bucket"}
 _IDS, _PROBABILITIES, _ENTROPY = "teacher_ids", "teacher_probabilities", "teacher_entropy"
 
 
@@ -25,6 +26,11 @@ class Placement:
 
     ids: range
     first_cached: int
+
+
+def signal_mode(codec: Codec) -> str:
+    """What the rows that it decodes stand for; see SparseSignal."""
+    return "tail_bucket" if isinstance(codec, TopKCodec) and not codec.tail_samples else "sampled"
 
 
 class CachedTeacher:
@@ -40,7 +46,7 @@ class CachedTeacher:
     def __init__(self, reader: CacheReader, placements: Sequence[Placement]) -> None:
         self._reader = reader
         self._placements = placements
-        self._mode = SIGNAL_MODES[reader.manifest.codec.mode]
+        self._mode = signal_mode(reader.manifest.codec)
 
     def describe(self) -> list[str]:
         """Lines on what is read."""
@@ -56,8 +62,8 @@ class CachedTeacher:
         """A microbatch (see data.batches.collate, in main memory) with what is cached of its samples.
 
         Returns:
-            the batch with teacher_ids int64 and teacher_probabilities float32 [s * b, k], and for draws
-            teacher_entropy [s * b], rows in the order of the hidden states.
+            the batch with teacher_ids int64 and teacher_probabilities float32 [s * b, k], and where there
+            are draws teacher_entropy [s * b], rows in the order of the hidden states.
 
         Raises:
             UserError: a sample is not in the cache, or not as it is here, or a position that counts is not stored.

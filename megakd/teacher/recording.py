@@ -82,12 +82,14 @@ class TeacherRecorder:
         rows = (counted % length) * batches + counted // length  # of hidden states in (s, b) order
         hidden = gather_sequence(signal.hidden, self._sequence_group)
         hidden = hidden.index_select(0, rows.to(hidden.device))
-        if isinstance(self._codec, TopKCodec):
-            found: tuple[Tensor, ...] = find_largest(hidden, signal.head, k=self._codec.k, **self._settings)  # type: ignore[arg-type]
+        offsets = self._offsets(batch, counted).to(hidden.device)
+        head, codec, settings = signal.head, self._codec, self._settings
+        found: tuple[Tensor, ...]
+        if isinstance(codec, SampledCodec):
+            found = draw_systematically(hidden, head, offsets, num_samples=codec.num_samples, **settings)  # type: ignore[arg-type]
         else:
-            offsets = self._offsets(batch, counted).to(hidden.device)
-            count = self._codec.num_samples
-            found = draw_systematically(hidden, signal.head, offsets, num_samples=count, **self._settings)  # type: ignore[arg-type]
+            tail = codec.tail_samples
+            found = find_largest(hidden, head, k=codec.k, tail_offsets=offsets, tail_samples=tail, **settings)  # type: ignore[arg-type]
         return tuple(tensor.cpu() for tensor in found)
 
     def encode(self, batch: Batch, extracted: tuple[Tensor, ...], count: int) -> Iterator[SampleRecord]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections import deque
@@ -25,6 +26,7 @@ from megakd.common.logging import configure_logging, log
 from megakd.config.schema import Config
 from megakd.convert.output_folder import copy_tokenizer_files
 from megakd.data.batches import Batch, collate, move
+from megakd.losses.sparse_targets import BLOCK_COLUMNS
 from megakd.parallel.mesh import GroupPool
 from megakd.parallel.random_state import seed_megatron
 from megakd.platform import Platform, build_platform, detect_accelerations, init_distributed, resolve_layer_spec
@@ -65,10 +67,19 @@ def write_cache(config: Config, *, dry_run: bool = False, overwrite: bool = Fals
     return run.write(overwrite)
 
 
+def _in_whole_blocks(config: Config) -> Config:
+    """The vocabulary padded such that draws are the same on every number of ranks; see losses.sparse_targets."""
+    blocks = BLOCK_COLUMNS * config.parallel.tensor_model_parallel_size
+    multiple = math.lcm(config.student.make_vocab_size_divisible_by, blocks)
+    student = config.student.model_copy(update={"make_vocab_size_divisible_by": multiple})
+    return config.model_copy(update={"student": student})
+
+
 class _CacheRun:
     """The objects of a run that writes a cache."""
 
     def __init__(self, config: Config, platform: Platform) -> None:
+        config = _in_whole_blocks(config)
         assert config.teacher is not None
         self.config, self.platform = config, platform
         self.path = cache_folder(config)

@@ -20,12 +20,12 @@ from megakd.config.schema import Config
 from megakd.data.fingerprint import read_metadata
 from megakd.data.identity import file_hash
 from megakd.data.indexed import MASK_ENDING
-from megakd.teacher.cached import Placement
+from megakd.teacher.cached import Placement, signal_mode
 from megakd.training.architectures import shared_vocab_size, student_architecture, teacher_architecture
 from megakd.training.train_data import DataPart, TrainData
 
 DRAWS, LARGEST = 32, 32  # where the configuration gives no number
-LOG_PROBABILITY_BITS = 8
+LOG_PROBABILITY_BITS, TAIL_SAMPLES = 8, 3
 _BLOCK = 1 << 20
 # Which tokens count: a run may count fewer than the cache, not more.
 _COUNTED = ("response", "assistant", "all")
@@ -40,7 +40,7 @@ def cache_codec(config: Config) -> Codec:
     """What the records of a cache that this configuration writes are made with.
 
     Raises:
-        UserError: k is beyond the vocabulary.
+        UserError: k is beyond the vocabulary, or leaves no ids to draw from.
     """
     cache, vocab_size = config.cache, shared_vocab_size(config)
     if cache.mode == "sampled":
@@ -48,7 +48,15 @@ def cache_codec(config: Config) -> Codec:
     k = cache.k or LARGEST
     if k > vocab_size:
         raise UserError(f"cache.k is {k}; the models share {vocab_size} ids. Use at most {vocab_size}.")
-    return TopKCodec(vocab_size, k, cache.log_probability_bits or LOG_PROBABILITY_BITS)
+    tail_samples = cache.tail_samples
+    if tail_samples is None:
+        tail_samples = TAIL_SAMPLES if k < vocab_size else 0
+    if tail_samples and k == vocab_size:
+        raise UserError(
+            f"cache.tail_samples is {tail_samples} and cache.k is all {k} ids; nothing is left to draw from. Leave "
+            "cache.tail_samples out."
+        )
+    return TopKCodec(vocab_size, k, cache.log_probability_bits or LOG_PROBABILITY_BITS, tail_samples)
 
 
 def teacher_temperature(config: Config) -> float:
@@ -68,7 +76,7 @@ def cache_job(config: Config, data: TrainData, stored: NDArray[np.int64]) -> dic
     return {
         "codec": codec.settings(),
         "temperature": teacher_temperature(config),
-        **({"seed": config.run.seed} if codec.mode == "sampled" else {}),
+        **({"seed": config.run.seed} if signal_mode(codec) == "sampled" else {}),
         "sequence_length": config.data.sequence_length,
         "samples": {
             "scope": config.cache.scope,

@@ -115,19 +115,66 @@ def test_extremes() -> None:
     assert rows.probabilities[3].sum() == pytest.approx(1.0)
 
 
+def draw_tail(vocab_size: int, ids: Any, tail_samples: int) -> Any:
+    """Ids that are not kept, in ascending order, with repeats."""
+    random = np.random.default_rng(7)
+    free = [np.setdiff1d(np.arange(min(vocab_size, 5000)), row) for row in ids]
+    return np.stack([np.sort(random.choice(f[: 2 * tail_samples], tail_samples)) for f in free])
+
+
+@pytest.mark.parametrize(("vocab_size", "k", "tail_samples"), [(2, 1, 1), (7, 3, 5), (4096, 32, 3), (128256, 32, 64)])
+@pytest.mark.parametrize("bits", [8, 32])
+def test_draws_share_what_is_left(vocab_size: int, k: int, tail_samples: int, bits: int) -> None:
+    codec = TopKCodec(vocab_size, k, bits, tail_samples)
+    ids, log_p, log_odds = make_rows(vocab_size, k, 20)
+    log_odds[3] = np.inf
+    tail = draw_tail(vocab_size, ids, tail_samples)
+    tail[3] = ids[3, 0]  # what is drawn from nothing
+    entropy = np.random.default_rng(2).random(20) * 9
+    record = codec.encode(ids, log_p, log_odds, tail, entropy)
+    rows = build_codec(codec.settings()).decode(record, 20)
+    without = TopKCodec(vocab_size, k, bits)
+    kept = without.decode(without.encode(ids, log_p, log_odds), 20)
+    assert np.array_equal(rows.ids[:, :k], kept.ids) and np.array_equal(rows.probabilities[:, :k], kept.probabilities)
+    assert rows.entropy is not None
+    np.testing.assert_allclose(rows.entropy, entropy, rtol=2**-11)
+    np.testing.assert_allclose(rows.probabilities.sum(1), 1.0, rtol=1e-5)
+    for row in range(20):
+        found = {
+            int(i): float(p) for i, p in zip(rows.ids[row, k:], rows.probabilities[row, k:], strict=True) if i >= 0
+        }
+        left = 1 / (1 + np.exp(log_odds[row]))
+        wanted = {i: left * (tail[row] == i).mean() for i in set(tail[row].tolist())} if row != 3 else {}
+        assert found == pytest.approx(wanted, rel=1e-5 if bits == 32 else 0.01)
+    assert abs(len(record) / 20 - codec.bytes_per_row) <= 3 / 20
+
+
+def test_draws_are_where_the_format_says() -> None:
+    codec = TopKCodec(1000, 2, tail_samples=3)
+    tail = [[5, 5, 999], [0, 7, 8]]
+    record = codec.encode(np.array([[1, 2], [3, 4]]), np.zeros((2, 2)), np.zeros(2), np.array(tail), np.array([1.5, 0]))
+    bits = "".join(f"{byte:08b}"[::-1] for byte in record[-12:-4])
+    assert [int(bits[i * 10 : i * 10 + 10][::-1], 2) for i in range(6)] == sum(tail, [])
+    assert np.frombuffer(record[-4:], "<f2").tolist() == [1.5, 0.0]
+
+
+@pytest.mark.parametrize("tail_samples", [0, 3])
 @pytest.mark.parametrize("bits", [8, 16, 32])
-def test_a_record_of_no_rows(bits: int) -> None:
-    codec = TopKCodec(100, 4, bits)
-    record = codec.encode(np.empty((0, 4), dtype=np.int64), np.empty((0, 4)), np.empty(0))
-    assert record == b"" and codec.decode(record, 0).ids.shape == (0, 4)
+def test_a_record_of_no_rows(bits: int, tail_samples: int) -> None:
+    codec = TopKCodec(100, 4, bits, tail_samples)
+    no_ids = np.empty((0, 4), dtype=np.int64)
+    record = codec.encode(no_ids, np.empty((0, 4)), np.empty(0), no_ids[:, :tail_samples], np.empty(0))
+    assert record == b"" and codec.decode(record, 0).ids.shape == (0, 4 + tail_samples)
 
 
+@pytest.mark.parametrize("tail_samples", [0, 2])
 @pytest.mark.parametrize("bits", [8, 32])
 @given(data=st.data())
-def test_bytes_that_are_no_record(bits: int, data: st.DataObject) -> None:
-    codec = TopKCodec(data.draw(st.sampled_from([9, 100, 5000])), 8, bits)
+def test_bytes_that_are_no_record(bits: int, tail_samples: int, data: st.DataObject) -> None:
+    codec = TopKCodec(data.draw(st.sampled_from([9, 100, 5000])), 8, bits, tail_samples)
     ids, log_p, log_odds = make_rows(codec.vocab_size, 8, 3)
-    record = bytearray(codec.encode(ids, log_p, log_odds))
+    tail = draw_tail(codec.vocab_size, ids, tail_samples)
+    record = bytearray(codec.encode(ids, log_p, log_odds, tail, np.ones(3)))
     kind = data.draw(st.sampled_from(["flip", "cut", "random", "longer"]))
     if kind == "flip":
         place = data.draw(st.integers(0, 8 * len(record) - 1))
@@ -143,8 +190,11 @@ def test_bytes_that_are_no_record(bits: int, data: st.DataObject) -> None:
     except ValueError:
         return
     assert kind in ("flip", "random")
-    assert rows.ids.shape == (3, 8) and (np.diff(rows.ids) > 0).all()
-    assert rows.ids.min() >= 0 and rows.ids.max() < codec.vocab_size
+    kept, drawn = rows.ids[:, :8], rows.ids[:, 8:]
+    assert rows.ids.shape == (3, 8 + tail_samples) and (np.diff(kept) > 0).all()
+    assert kept.min() >= 0 and rows.ids.max() < codec.vocab_size
+    used = [[i for i in row if i >= 0] for row in np.concatenate([kept, drawn], axis=1).tolist()]
+    assert all(len(set(row)) == len(row) for row in used)
     assert np.isfinite(rows.probabilities).all() and (rows.probabilities >= 0).all()
     assert (rows.probabilities.sum(1) <= 1 + 1e-5).all()
 
@@ -158,12 +208,17 @@ def test_bytes_that_are_no_record(bits: int, data: st.DataObject) -> None:
         ({"log_probabilities": [[math.nan, 0]]}, "not a number"),
         ({"log_probabilities": [[-math.inf, -math.inf]]}, "no finite"),
         ({"log_odds": [math.nan]}, "not a number"),
+        ({"tail_ids": [[4, 3]]}, "ascending"),
+        ({"tail_ids": [[3, 10]]}, "beyond the vocabulary"),
+        ({"tail_ids": [[2, 3]]}, "is an id that is kept"),
+        ({"entropy": [math.nan]}, "not finite"),
     ],
 )
 def test_rows_that_cannot_be(change: dict[str, Any], message: str) -> None:
-    rows = {"ids": [[1, 2]], "log_probabilities": [[0.0, -1.0]], "log_odds": [1.0], **change}
+    rows = {"ids": [[1, 2]], "log_probabilities": [[0.0, -1.0]], "log_odds": [1.0], "tail_ids": [[3, 3]]}
+    rows |= {"entropy": [1.0], **change}
     with pytest.raises(ValueError, match=message):
-        TopKCodec(10, 2).encode(**{name: np.array(value) for name, value in rows.items()})
+        TopKCodec(10, 2, tail_samples=2).encode(**{name: np.array(value) for name, value in rows.items()})
 
 
 @pytest.mark.parametrize(
@@ -173,6 +228,8 @@ def test_rows_that_cannot_be(change: dict[str, Any], message: str) -> None:
         ({"vocab_size": 10, "k": 11}, "k is 11; it must be a whole number from 1 to 10"),
         ({"vocab_size": 10, "k": 2.0}, "k is 2.0"),
         ({"vocab_size": 10, "k": 2, "log_probability_bits": 4}, "must be 8, 16 or 32"),
+        ({"vocab_size": 10, "k": 2, "tail_samples": 65}, "tail_samples is 65; it must be a whole number from 0 to 64"),
+        ({"vocab_size": 10, "k": 10, "tail_samples": 1}, "tail_samples is 1; it must be a whole number from 0 to 0"),
         ({"vocab_size": 10}, "settings of the mode"),
         ({"vocab_size": 10, "k": 2, "other": 1}, "settings of the mode"),
     ],

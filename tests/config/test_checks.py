@@ -58,6 +58,8 @@ REFUSED: list[tuple[str, dict[str, Any], tuple[int, ...], str]] = [
     ("cache", {"cache": {"k": 4}}, (), "cache.k is 4 and has no effect on cache.mode sampled. Leave it out, or set"),
     ("cache", {"cache": {"mode": "topk", "num_samples": 4}}, (),
      "cache.num_samples is 4 and has no effect on cache.mode topk."),
+    ("cache", {"cache": {"tail_samples": 4}}, (),
+     "cache.tail_samples is 4 and has no effect on cache.mode sampled."),
     ("cache", {"cache": {"log_probability_bits": 16}}, (), "cache.log_probability_bits is 16 and has no effect on"),
     ("held_out_source", {"data__valid": "v", "data__valid_fraction": 0.1}, (),
      "data.valid is 'v' and data.valid_fraction is 0.1; at most one may be given."),

@@ -7,11 +7,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.functional import pad
 
 from megakd.losses.sparse_targets import Draws, Largest, draw_systematically, find_largest
 
 over_ranks = pytest.mark.parametrize("tp_size", [1, 2, 4])
-PADDED, VOCAB = 1040, 1027
+PADDED, VOCAB, BLOCK = 1152, 1027, 32
 
 
 def models(seed: int, rows: int = 60, dtype: torch.dtype = torch.float64, scale: float = 2.0) -> tuple[Tensor, Tensor]:
@@ -37,19 +38,38 @@ def draws_on_rank(hidden: Tensor, head: Tensor, at: Tensor, num_samples: int, te
     return on_rank(draw_systematically, hidden, head, at, num_samples=num_samples, temperature=temperature)
 
 
-def largest_on_rank(hidden: Tensor, head: Tensor, k: int, temperature: float) -> Largest:
-    return on_rank(find_largest, hidden, head, k=k, temperature=temperature)
+def largest_on_rank(hidden: Tensor, head: Tensor, k: int, temperature: float, *tail: Tensor | int) -> Largest:
+    settings = dict(zip(("tail_offsets", "tail_samples"), tail, strict=False))
+    return on_rank(find_largest, hidden, head, k=k, temperature=temperature, **settings)
+
+
+def draw_one_by_one(p: Tensor, at: Tensor, num_samples: int) -> Tensor:
+    """Draws of one row after another, point after point."""
+    blocks = torch.nn.functional.pad(p, (0, -p.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+    rows = []
+    for row, offset in zip(blocks, at.tolist(), strict=True):
+        ends = row.sum(1).cumsum(0)
+        points = [(step + offset) / num_samples * float(ends[-1]) for step in range(num_samples)]
+        hit = [int(torch.searchsorted(ends, point, right=True)) for point in points]
+        ids = []
+        for block in sorted(set(hit)):
+            second = (offset * 2**26 + block * 0.6180339887498949) % 1
+            inner = row[block].cumsum(0)
+            for step in range(hit.count(block)):
+                share = (step + second) / hit.count(block) * float(inner[-1])
+                ids.append(block * BLOCK + int(torch.searchsorted(inner, share, right=True)))
+        rows.append(torch.tensor(ids))
+    return torch.stack(rows).long()
 
 
 @over_ranks
 @pytest.mark.parametrize(("num_samples", "temperature"), [(1, 1.0), (32, 1.0), (50, 2.0), (700, 0.5)])
-def test_draws_are_points_of_the_cumulative_distribution(run_ranks, tp_size, num_samples, temperature):
+def test_draws_are_equally_spaced_points_through_blocks_and_in_them(run_ranks, tp_size, num_samples, temperature):
     hidden, head = models(1)
     at = offsets(len(hidden))
     found = run_ranks(tp_size, draws_on_rank, hidden, head, at, num_samples, temperature)
     p = distribution(hidden, head, temperature)
-    points = (torch.arange(num_samples) + at.unsqueeze(1)) / num_samples
-    expected = torch.searchsorted(p.cumsum(1), points, right=True)
+    expected = draw_one_by_one(p, at, num_samples)
     for draws in found:
         assert torch.equal(draws.ids, expected)
         torch.testing.assert_close(draws.entropy, -torch.xlogy(p, p).sum(1), atol=1e-12, rtol=1e-12)
@@ -69,13 +89,18 @@ def test_equal_logits_give_equal_draws_in_float32(run_ranks, tp_size):
 def test_an_id_is_drawn_as_often_as_its_probability_says():
     hidden, head = models(4, rows=1)
     p = distribution(hidden, head, 1.0)[0]
-    steps, num_samples = 2000, 8
-    at = (torch.arange(steps, dtype=torch.float64) + 0.5) / steps
+    steps, num_samples = 40_000, 8
+    at = torch.from_numpy(np.random.default_rng(1).random(steps))
     draws = draw_systematically(hidden.expand(steps, -1), head, at, num_samples=num_samples, vocab_size=VOCAB)
-    counts = torch.stack([torch.bincount(row, minlength=VOCAB) for row in draws.ids])
-    assert (counts >= (num_samples * p).floor()).all() and (counts <= (num_samples * p).ceil()).all()
-    # Over a grid of offsets the mean is off by half a step at most at either end.
-    torch.testing.assert_close(counts.double().mean(0), num_samples * p, atol=1.01 / steps, rtol=0)
+    counts = torch.zeros(steps, PADDED).scatter_add_(1, draws.ids, torch.ones(draws.ids.shape))
+    of_blocks, masses = (
+        x.unflatten(-1, (-1, BLOCK)).sum(-1) for x in (counts, num_samples * pad(p, (0, PADDED - VOCAB)))
+    )
+    assert (of_blocks >= masses.floor()).all() and (of_blocks <= masses.ceil()).all()
+    expected = steps * num_samples * p
+    assert ((counts.double().sum(0)[:VOCAB] - expected).abs() <= 4.5 * (expected + 1).sqrt()).all()
+    squares = (counts.double().sum(0)[:VOCAB] - expected).square() / expected
+    assert squares.mean() < 1.1  # as far as independent draws would be, at most
 
 
 @over_ranks
@@ -96,12 +121,33 @@ def test_the_largest_and_their_mass(run_ranks, tp_size, k, temperature):
 
 
 def test_what_is_left_is_exact_where_it_is_small():
-    # One id has all but a millionth of a millionth.
+    # One id has all but what fp64 cannot tell from nothing beside 1.
     logits = torch.zeros(1, VOCAB, dtype=torch.float64)
-    logits[0, 7] = 35.0
+    logits[0, 7] = 60.0
     largest = find_largest(torch.eye(1, dtype=torch.float64), logits.t().contiguous(), k=1, vocab_size=VOCAB)
     assert largest.ids.item() == 7
-    assert largest.log_odds.item() == pytest.approx(35.0 - np.log(VOCAB - 1), abs=2e-2)  # fp64 holds 1 - 1e-12 to 1e-16
+    assert largest.log_odds.item() == pytest.approx(60.0 - np.log(VOCAB - 1), rel=1e-12)
+
+
+@over_ranks
+@pytest.mark.parametrize(("k", "tail_samples", "temperature"), [(1, 1, 1.0), (32, 3, 2.0), (600, 40, 0.5), (3, 0, 1.0)])
+def test_draws_from_what_is_left(run_ranks, tp_size, k, tail_samples, temperature):
+    hidden, head = models(9)
+    at = offsets(len(hidden))
+    p = distribution(hidden, head, temperature)
+    left = p.scatter(1, p.topk(k, dim=1).indices, 0.0)
+    for largest in run_ranks(tp_size, largest_on_rank, hidden, head, k, temperature, at, tail_samples):
+        assert torch.equal(largest.tail_ids, draw_one_by_one(left, at, tail_samples))
+        torch.testing.assert_close(largest.entropy, -torch.xlogy(p, p).sum(1), atol=1e-12, rtol=1e-12)
+
+
+def test_nothing_left_to_draw_from():
+    head = torch.zeros(PADDED, 1)
+    head[5] = 1.0
+    settings = {"tail_offsets": offsets(1), "tail_samples": 2}
+    largest = find_largest(torch.tensor([[1e4]]), head, k=1, vocab_size=VOCAB, **settings)
+    assert largest.ids.item() == 5 and largest.log_odds.item() == torch.inf
+    assert largest.tail_ids.tolist() == [[0, 0]] and largest.entropy.item() == 0
 
 
 def test_columns_that_do_not_exist_are_never_found(run_ranks):
@@ -134,8 +180,26 @@ def test_no_rows():
     assert find_largest(hidden, head, k=4, vocab_size=VOCAB).ids.shape == (0, 4)
 
 
+def refused_on_rank() -> str:
+    with pytest.raises(ValueError) as raised:
+        hidden, head = models(8)
+        on_rank(draw_systematically, hidden, head[:1040], offsets(60), num_samples=1)
+    return str(raised.value)
+
+
+def test_blocks_lie_on_one_rank(run_ranks):
+    assert run_ranks(4, refused_on_rank) == ["260 rows of the head on a rank; they must be a multiple of 32."] * 4
+
+
 @pytest.mark.parametrize(
-    ("settings", "message"), [({"k": 0}, "k is 0"), ({"k": VOCAB + 1}, "at most"), ({"k": 1, "temperature": 0}, "> 0")]
+    ("settings", "message"),
+    [
+        ({"k": 0}, "k is 0"),
+        ({"k": VOCAB + 1}, "at most"),
+        ({"k": 1, "temperature": 0}, "> 0"),
+        ({"k": 1, "tail_samples": 2}, "need tail_offsets"),
+        ({"k": VOCAB, "tail_samples": 2, "tail_offsets": offsets(60)}, "ids beside the k"),
+    ],
 )
 def test_refused(settings, message):
     with pytest.raises(ValueError, match=message):

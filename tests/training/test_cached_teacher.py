@@ -18,6 +18,7 @@ from megakd.common.errors import UserError
 from megakd.config.load import config_from_dict
 from megakd.training.loop import distill
 from megakd.training.preflight import preflight
+from megakd.training.teacher_cache import cache_codec
 from tests.data.example_files import write_examples
 from tests.training.layout_run import gather_gradients
 from tests.training.runs import (
@@ -167,8 +168,11 @@ def test_draws_do_not_depend_on_the_layout(run_ranks: Callable[..., list[Any]], 
         shutil.rmtree(tmp_path / "other")
 
 
+@pytest.mark.parametrize(
+    "mode", [{"cache__num_samples": 16}, {"cache__mode": "topk", "cache__k": 40, "cache__tail_samples": 16}]
+)
 def test_draws_are_unbiased_and_the_loss_is_a_kl(
-    run_ranks: Callable[..., list[Any]], folder: Path, tmp_path: Path
+    run_ranks: Callable[..., list[Any]], folder: Path, tmp_path: Path, mode: dict[str, Any]
 ) -> None:
     """Mean over seeds of the draws, against the teacher itself."""
     online = run_ranks(1, first_step, values(folder))[0]
@@ -176,7 +180,7 @@ def test_draws_are_unbiased_and_the_loss_is_a_kl(
     mean: dict[str, torch.Tensor] = {}
     for seed in range(seeds):
         path = tmp_path / str(seed)
-        write(run_ranks, 1, values(folder, run__seed=seed, cache__num_samples=16), path)
+        write(run_ranks, 1, values(folder, run__seed=seed, **mode), path)
         sums, gradient = run_ranks(1, first_step, from_cache(folder, path))[0]
         total += sums[1] / seeds
         for name, value in gradient.items():
@@ -275,6 +279,18 @@ def test_a_run_that_the_cache_does_not_fit(folder: Path, cache: Path, settings: 
         found["teacher"]["dtype"] = teacher
     with pytest.raises(UserError, match=message):
         preflight(config_from_dict(found), 1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"cache__k": 301}, "cache.k is 301; the models share 300 ids. Use at most 300."),
+        ({"cache__k": 300, "cache__tail_samples": 2}, "cache.tail_samples is 2 and cache.k is all 300 ids; nothing is"),
+    ],
+)
+def test_ids_that_are_not_there_to_store(folder: Path, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        cache_codec(config_from_dict(values(folder, cache__mode="topk", **settings)))
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ QUICKSTART = ROOT / "configs" / "quickstart"
 TEACHER = str(QUICKSTART / "teacher")
 SAMPLED = {"cache.mode": "sampled", "cache.num_samples": 32}
 TOPK = {"cache.mode": "topk", "cache.k": 32}
+BUCKET = TOPK | {"cache.tail_samples": 0}
 
 
 def quickstart_config(folder: Path, **settings: Any) -> Config:

@@ -19,7 +19,7 @@ from megakd.config.architecture import GPTArchitecture
 from megakd.config.schema import DistillSection
 from megakd.data.batches import Batch
 from megakd.losses import SparseSignal
-from megakd.teacher.cached import SIGNAL_MODES
+from megakd.teacher.cached import signal_mode
 from megakd.teacher.recording import TeacherRecorder
 from megakd.training.objective import Objective
 from megakd.training.step import train_step
@@ -148,4 +148,4 @@ def _signal(codec: Codec, records: list[bytes]) -> SparseSignal:
     entropies = [r.entropy for r in rows if r.entropy is not None]
     entropy = torch.from_numpy(np.stack(entropies, axis=1)).flatten() if entropies else None
     flat = torch.from_numpy(ids).flatten(0, 1), torch.from_numpy(probabilities).flatten(0, 1)
-    return SparseSignal(*flat, SIGNAL_MODES[codec.mode], entropy)
+    return SparseSignal(*flat, signal_mode(codec), entropy)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
-from cache_runs import SAMPLED, TOPK, quickstart_config
+from cache_runs import BUCKET, SAMPLED, TOPK, quickstart_config
 from pair import platform
 
 from megakd.platform import init_distributed
@@ -21,22 +22,21 @@ def measure_training(folder: Path) -> None:
     init_distributed(platform)
     course = {"schedule__train_steps": STEPS, "cache__scope": "run", "data__micro_batch_size": 16}
     online = _student(folder, "online", course)
-    print(f"{'online':28}{online:10.4f}", flush=True)
-    kinds: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
-        "sampled, N 32": (SAMPLED, {}),
-        "topk, k 32, with the tail": (TOPK, {}),
-        "topk, k 32, renormalised": (TOPK, {"topk": "renormalised"}),
+    print(f"{'online':30}{online:10.4f}", flush=True)
+    kinds: dict[str, tuple[dict[str, Any], str, str | None]] = {
+        "sampled, N 32": (SAMPLED, "sampled", None),
+        "topk, k 32, draws of the tail": (TOPK, "topk", None),
+        "topk, k 32, tail as a bucket": (BUCKET, "bucket", None),
+        "topk, k 32, renormalised": (BUCKET, "bucket", "renormalised"),
     }
-    for name, (cache, modes) in kinds.items():
-        path = folder / "training" / f"cache-{cache['cache.mode']}"
+    for name, (cache, cache_name, mode) in kinds.items():
+        path = folder / "training" / f"cache-{cache_name}"
         settings = course | {key.replace(".", "__"): value for key, value in cache.items()} | {"cache__path": str(path)}
         if not (path / "manifest.json").exists():
             write_cache(quickstart_config(folder, **settings))
-        usual = dict(cached.SIGNAL_MODES)
-        cached.SIGNAL_MODES.update(modes)
-        kl = _student(folder, name.replace(" ", "-").replace(",", ""), settings, path)
-        cached.SIGNAL_MODES.update(usual)
-        print(f"{name:28}{kl:10.4f}{kl / online - 1:+9.2%}", flush=True)
+        with mock.patch.object(cached, "signal_mode", (lambda _, m=mode: m) if mode else cached.signal_mode):
+            kl = _student(folder, name.replace(" ", "-").replace(",", ""), settings, path)
+        print(f"{name:30}{kl:10.4f}{kl / online - 1:+9.2%}", flush=True)
 
 
 def _student(folder: Path, name: str, settings: dict[str, Any], cache: Path | None = None) -> float:
