@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,18 @@ from typing import Any
 
 from megakd.data.chat_template import Message, RecordError, load_templates
 from megakd.data.offsets import OffsetTokenizer, Turn, require_offsets, turn_mask
-from megakd.data.records import MISSING_KEY, NO_END, RESPONSE, SPECIAL_TEXT, Encoded, Problem, Record, text_problem
+from megakd.data.records import (
+    EMPTY_TURN,
+    LEFT_OUT,
+    MISSING_KEY,
+    NO_END,
+    RESPONSE,
+    SPECIAL_TEXT,
+    Encoded,
+    Problem,
+    Record,
+    text_problem,
+)
 from megakd.data.tokenizer import HuggingFaceTokenizer, Tokenizer
 from megakd.data.turns import ASSISTANT, REASONING, find_turns
 
@@ -91,7 +103,7 @@ class Conversations:
         last = next((message for message in reversed(messages) if message["role"] == ASSISTANT), None)
         if last is None:
             return NO_ASSISTANT
-        if not any(text.strip() for text in _written(last)) and not last.get("tool_calls"):
+        if _is_empty(last):
             return EMPTY_RESPONSE
         # transformers takes an empty list for tools that are there.
         template = self._templates[tools is not None]
@@ -101,8 +113,11 @@ class Conversations:
             text, turns = find_turns(template, messages, tools)
         except RecordError as error:
             return error.problem
-        contents = (part for message in messages for part in _written(message))
-        return text, turns, example_notes(template.special_tokens, text, turns, contents)
+        contents = [part for message in messages for part in _written(message)]
+        notes = example_notes(template.special_tokens, text, turns, contents)
+        if any(message["role"] == ASSISTANT and _is_empty(message) for message in messages):
+            notes = (*notes, EMPTY_TURN)
+        return text, turns, notes
 
 
 def encode_examples(tokenizer: OffsetTokenizer, examples: Sequence[Example | Problem]) -> list[Encoded | Problem]:
@@ -121,14 +136,16 @@ def encode_examples(tokenizer: OffsetTokenizer, examples: Sequence[Example | Pro
 
 
 def example_notes(
-    special_tokens: tuple[str, ...], text: str, turns: Sequence[Turn], contents: Iterator[str]
+    special_tokens: tuple[str, ...], text: str, turns: Sequence[Turn], contents: Sequence[str]
 ) -> tuple[str, ...]:
     """What the summary counts the example by; `contents` are the record's own texts."""
-    response = [turn for turn in turns if turn.last]
-    has_end = bool(response) and text[response[-1].start : response[-1].end].rstrip().endswith(special_tokens)
     pattern = _any_of(special_tokens)
-    has_special = pattern is not None and any(pattern.search(content) for content in contents)
-    return (() if has_end else (NO_END,)) + ((SPECIAL_TEXT,) if has_special else ())
+    found = {
+        NO_END: not all(text[turn.start : turn.end].rstrip().endswith(special_tokens) for turn in turns),
+        LEFT_OUT: not all(_has(text, content.strip()) for content in contents),
+        SPECIAL_TEXT: pattern is not None and any(pattern.search(content) for content in contents),
+    }
+    return tuple(note for note, holds in found.items() if holds)
 
 
 def messages_problem(messages: object, key: str) -> Problem | None:
@@ -151,6 +168,15 @@ def messages_problem(messages: object, key: str) -> Problem | None:
                 kind = part.get("type") if isinstance(part, dict) else type(part).__name__
                 return Problem("unknown content", f"'{name}' has a part of type {kind!r}; only text can be learned")
     return None
+
+
+def _has(text: str, content: str) -> bool:
+    """Whether the text holds the content, as it is or in a JSON string."""
+    return content in text or any(json.dumps(content, ensure_ascii=ascii)[1:-1] in text for ascii in (False, True))
+
+
+def _is_empty(message: Message) -> bool:
+    return not any(text.strip() for text in _written(message)) and not message.get("tool_calls")
 
 
 def template_name(template: str | None) -> str:

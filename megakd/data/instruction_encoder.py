@@ -106,7 +106,7 @@ class _Plain:
         before = re.sub(r"\{prompt\}|\{system\}", lambda found: values[found.group()], self._settings.prompt_template)
         text = before + response
         turns = [Turn(len(before), len(text), True)]
-        notes = example_notes(self._special_tokens, text, turns, iter((prompt, response, system or "")))
+        notes = example_notes(self._special_tokens, text, turns, (prompt, response, system or ""))
         if self._settings.append_eos:
             notes = tuple(note for note in notes if note != NO_END)
         return text, turns, notes

@@ -34,6 +34,8 @@ class Problem:
 CONTEXT, EARLIER, RESPONSE = 0, 1, 2
 
 NO_END = "response without an end-of-turn token"
+EMPTY_TURN = "empty response before the last"
+LEFT_OUT = "text that the chat template leaves out"
 SPECIAL_TEXT = "special token's text in the content"
 
 # What a source yields: the line (of a JSONL or CSV file) or row (of a parquet file) counted from 1, and what is there.

@@ -76,9 +76,10 @@ class _Conversation(NamedTuple):
         """Where the turn of message `place` begins, at or behind the character `after`."""
         message = self.messages[place]
         content = self._position(place, 0)
-        bound = len(self.text) if content is None else content
+        call = self._position(place, 2)
+        bound = min(len(self.text) if at is None else at for at in (content, call))
         if self.template.has_prompt:
-            prompt = self._try(self.messages[:place], prompt=True)
+            prompt = self._try(self.messages[:place], self.tools, prompt=True)
             if prompt is not None and after <= len(prompt) <= bound and self.text.startswith(prompt):
                 return len(prompt)
         if content is not None and not _reasons(message):
@@ -91,18 +92,18 @@ class _Conversation(NamedTuple):
         """Where the turn of message `place` ends, which begins at `start`."""
         content = max(start, self._content_end(place) or 0)
         if place == len(self.messages) - 1:
-            return max(content, len(self.text.rstrip()))
+            return max(content, content + len(self._turn_end(self.text[content:], start)))
         anchors = [mark for mark in self.marks.characters.get(place, ())[1:] if mark in self.marks.positions]
         if anchors:
             alone = self.template.render(self.marks.messages[: place + 1], self.tools)
             anchor = max(anchors, key=lambda mark: self.marks.positions[mark])
             if alone.count(anchor) == 1:
-                tail = self.marks.pattern.sub("", alone[alone.index(anchor) :])
+                tail = self._turn_end(self.marks.pattern.sub("", alone[alone.index(anchor) :]), start)
                 position = self.marks.positions[anchor]
                 return max(content, position + self._common(tail, position))
         alone = self.template.render(self.messages[: place + 1], self.tools)
         if alone[:start] == self.text[:start]:
-            common = self._common(alone[start:], start)
+            common = self._common(self._turn_end(alone[start:], start), start)
             if common:
                 return max(content, start + common)
         raise RecordError(
@@ -110,9 +111,22 @@ class _Conversation(NamedTuple):
             f"the end of message {place} cannot be told: the chat template writes it differently when it is the last",
         )
 
-    def _common(self, tail: str, position: int) -> int:
-        """How many characters of the turn's `tail` as the last one follow `position` in the text too."""
-        whole = tail.rstrip()
+    def _turn_end(self, tail: str, start: int) -> str:
+        """What belongs to the turn of what is written behind its text at the end of a conversation.
+
+        A template that writes the header of a next answer unasked has it before this turn too. Where all of the tail
+        stands there, the user's turn ends as the assistant's does, with the first special token.
+        """
+        before = self.text[:start]
+        if not self.template.has_prompt and (header := _common_suffix(before, tail)).strip():
+            if len(header) < len(tail):
+                return tail[: -len(header)].rstrip()
+            ends = [tail.find(token) + len(token) for token in self.template.special_tokens if token in tail]
+            return tail[: min(ends, default=len(tail))].rstrip()
+        return tail.rstrip()
+
+    def _common(self, whole: str, position: int) -> int:
+        """How many characters of the end of the turn as the last one follow `position` in the text too."""
         if self.text.startswith(whole, position):
             return len(whole)
         common = os.path.commonprefix([whole, self.text[position : position + len(whole)]])
@@ -134,7 +148,7 @@ class _Conversation(NamedTuple):
 
         They are no header: given the conversation up to here, which ends in the same word, the model has to write them.
         """
-        before = self._try(self.messages[:place])
+        before = self._try(self.messages[:place], self.tools)
         word = self.text[:content].rstrip()
         spaces = self.text[len(word) : content]
         if before is None or not spaces or before.split()[-1:] != word[-len(before) :].split()[-1:]:
@@ -145,9 +159,10 @@ class _Conversation(NamedTuple):
     def _start_by_probe(self, place: int, after: int, bound: int) -> int:
         """What the template writes before another content in this place, where the text has that too."""
         mark = _spare_characters(self.text, 1)[0]
-        for rest in (self.messages[place + 1 :], ()):
+        # Tools may stand before the last question, and so elsewhere in a conversation that ends here.
+        for rest, tools in ((self.messages[place + 1 :], self.tools), ((), self.tools), ((), None)):
             # A header that changes with the content is none.
-            header, other = (self._before(mark, place, rest, mark + more) for more in ("", " and other words\n"))
+            header, other = (self._before(mark, place, rest, tools, mark + more) for more in ("", " and other words\n"))
             if header is None or header != other:
                 continue
             for candidate in (header, header.rstrip()):
@@ -159,18 +174,20 @@ class _Conversation(NamedTuple):
             "that is in the text. Use a template with {% generation %} (--chat-template)",
         )
 
-    def _before(self, mark: str, place: int, rest: Sequence[Message], content: str) -> str | None:
-        rendered = self._try([*self.messages[:place], {"role": ASSISTANT, "content": content}, *rest])
+    def _before(
+        self, mark: str, place: int, rest: Sequence[Message], tools: Sequence[Any] | None, content: str
+    ) -> str | None:
+        rendered = self._try([*self.messages[:place], {"role": ASSISTANT, "content": content}, *rest], tools)
         return rendered[: rendered.index(mark)] if rendered is not None and rendered.count(mark) == 1 else None
 
     def _position(self, place: int, which: int) -> int | None:
         marks = self.marks.characters.get(place)
         return None if marks is None else self.marks.positions.get(marks[which])
 
-    def _try(self, messages: Sequence[Message], *, prompt: bool = False) -> str | None:
+    def _try(self, messages: Sequence[Message], tools: Sequence[Any] | None, *, prompt: bool = False) -> str | None:
         """The rendering, or None where the template refuses such a conversation."""
         try:
-            return self.template.render(messages, self.tools, prompt=prompt)
+            return self.template.render(messages, tools, prompt=prompt)
         except RecordError:
             return None
 
@@ -244,6 +261,10 @@ def _spare_characters(text: str, count: int) -> list[str]:
     used = set(text) if max(text, default="") >= "\U000f0000" else set()
     spare = (chr(code) for code in range(0xF0000, 0x10FFFE) if chr(code) not in used)
     return [next(spare) for _ in range(count)]
+
+
+def _common_suffix(one: str, other: str) -> str:
+    return os.path.commonprefix([one[::-1], other[::-1]])[::-1]
 
 
 def _reasons(message: Message) -> bool:

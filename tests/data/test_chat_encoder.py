@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from megakd.common.errors import UserError
 from megakd.data.chat_encoder import ChatSettings
-from megakd.data.records import NO_END, SPECIAL_TEXT, Encoded, Problem
+from megakd.data.records import EMPTY_TURN, LEFT_OUT, NO_END, SPECIAL_TEXT, Encoded, Problem
 from megakd.data.tokenizer import load_tokenizer
 from tests.data.chat_tokenizers import SPECIAL, TEMPLATES, byte_level, metaspace, template
 
@@ -268,6 +268,72 @@ def test_no_generation_prompt_and_an_end_of_the_text(letters: Path) -> None:
     ]
 
 
+def test_a_header_that_is_always_written_behind_the_conversation(letters: Path) -> None:
+    """As Llama 3's first template does; the end of the user's turns is that of the assistant's."""
+    messages = [user("q"), assistant("a"), user("a"), assistant("b ")]
+    header = "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    assert segments(letters, encode(letters, messages, template("prompt_always"))) == [
+        (f"<s><|start_header_id|>user<|end_header_id|>\n\nq<|eot_id|>{header}", 0),
+        ("a<|eot_id|>", 1),
+        (f"<|start_header_id|>user<|end_header_id|>\n\na<|eot_id|>{header}", 0),
+        ("b <|eot_id|>", 2),
+        (header, 0),
+    ]
+
+
+def test_a_header_always_written_and_another_end_than_the_user_s(letters: Path) -> None:
+    text = template("prompt_always").replace("'<|eot_id|>'", "('</s>' if m['role'] == 'assistant' else '<|eot_id|>')")
+    found = segments(letters, encode(letters, [user("q"), assistant("a"), user("r"), assistant("b")], text))
+    assert [one for one in found if one[1]] == [("a</s>", 1), ("b</s>", 2)]
+
+
+def test_an_earlier_turn_that_ends_otherwise_is_counted(letters: Path) -> None:
+    """The mark of the last turn is not there, and what else stands behind may be the next header."""
+    messages = [user("q"), assistant("a"), user("r"), assistant("b")]
+    example = encode(letters, messages, template("other_end"))
+    assert [one for one in segments(letters, example) if one[1]] == [("a", 1), ("b</s>", 2)]
+    assert isinstance(example, Encoded) and example.notes == (NO_END,)
+
+
+@pytest.mark.parametrize(
+    ("messages", "name", "notes"),
+    [
+        ([system("be nice"), user("q"), assistant("a")], "other_end", (LEFT_OUT,)),
+        ([user("q"), assistant("<think>hm</think>a")], "dropped", (LEFT_OUT,)),
+        ([user(" q "), assistant(" a\n")], "llama3", ()),
+        ([user("q"), assistant("a", reasoning_content="hm")], "chatml", (LEFT_OUT,)),
+        ([user("q"), assistant("a", reasoning_content="hm")], "qwen3", ()),
+        ([user("q"), assistant(""), user("q"), assistant("a")], "chatml", (EMPTY_TURN,)),
+    ],
+)
+def test_what_the_template_leaves_out_and_empty_turns_are_noted(
+    letters: Path, messages: list[dict[str, Any]], name: str, notes: tuple[str, ...]
+) -> None:
+    example = encode(letters, messages, template(name))
+    assert isinstance(example, Encoded) and example.notes == notes
+
+
+def test_a_text_written_as_json_is_not_left_out(letters: Path) -> None:
+    text = "{% for m in messages %}{{ m | tojson }}{% endfor %}"
+    example = encode(letters, [user('say "\u00e9"\n'), assistant("a")], text)
+    assert isinstance(example, Encoded) and LEFT_OUT not in example.notes
+
+
+def test_tools_before_the_last_question(letters: Path) -> None:
+    """As Mistral's templates write them: the conversation up to an earlier turn has them in another place."""
+    messages = [
+        user("q"), assistant(None, tool_calls=calls("f", x=1)), tool("y"), assistant("a"), user("r"), assistant("b"),
+    ]  # fmt: skip
+    assert segments(letters, encode(letters, messages, template("mistral"), [{"type": "function"}])) == [
+        ("<s>[INST] q[/INST]", 0),
+        ('[TOOL_CALLS] [{"name": "f", "arguments": {"x": 1}}]</s>', 1),
+        ("[TOOL_RESULTS] y[/TOOL_RESULTS]", 0),
+        (" a</s>", 1),
+        ('[AVAILABLE_TOOLS] [{"type": "function"}][/AVAILABLE_TOOLS][INST] r[/INST]', 0),
+        (" b</s>", 2),
+    ]
+
+
 def test_dropped_thoughts_and_a_prompt_that_is_not_in_the_text(letters: Path) -> None:
     messages = [user("q"), assistant("<think>hm</think>a"), user("r"), assistant("b")]
     assert segments(letters, encode(letters, messages, template("dropped"))) == [
@@ -412,7 +478,7 @@ TEXT = st.text(st.sampled_from(list("ab .\n\t:<>|é你\U0001f642e\u0301\u00a0"))
 CHATS = st.lists(st.tuples(TEXT, TEXT.filter(str.strip)), min_size=1, max_size=3)
 ENDS = {
     "chatml": END, "llama3": "<|eot_id|>", "qwen3": END, "mistral": "</s>", "generation": END, "no_end": "",
-    "no_prompt": END, "dropped": "</s>", "parts": END,
+    "no_prompt": END, "dropped": "</s>", "parts": END, "prompt_always": "<|eot_id|>", "other_end": "</s>",
 }  # fmt: skip
 
 
@@ -455,6 +521,8 @@ def test_any_conversation(name: str, letters: Path, merging: Path) -> None:
             expected[-1] = "<think>\n\n</think>\n\n" + answers[-1].lstrip("\n") + END
         if name == "no_prompt":
             expected[-1] += "\n</s>"
+        if name == "other_end":
+            expected[:-1] = answers[:-1]
         assert counted == [(one, 1 + (n == len(turns) - 1)) for n, one in enumerate(expected)]
 
     check()
