@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megakd.cache.layout import COLUMNS, ENTRY, INDEX_MAGIC, Damage, canonical_json, job_id, pack_header, write_durably
+from megakd.cache.layout import COLUMNS, ENTRY, INDEX_MAGIC, Damage, canonical_json, job_id, pack_header
 from megakd.cache.manifest import MANIFEST, Manifest, ShardFile, write_manifest
 from megakd.cache.reader import INDEX
 from megakd.cache.shards import read_table, shard_number
+from megakd.common.durable import write_durably
 from megakd.common.errors import UserError
 from megakd.common.locks import try_lock
 

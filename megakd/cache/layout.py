@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import struct
 import zlib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -79,24 +77,3 @@ def read_header(data: bytes, magic: bytes) -> tuple[bytes, int, int]:
     if version != VERSION:
         raise Damage(f"has format version {version}; this version of megakd reads {VERSION}")
     return job, samples, content
-
-
-def sync_folder(path: Path) -> None:
-    """Make names in a folder durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_durably(path: Path, *parts: bytes) -> None:
-    """Write a file under another name, make it durable and give it its own."""
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("wb") as file:
-        for part in parts:
-            file.write(part)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)
-    sync_folder(path.parent)

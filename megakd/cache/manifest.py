@@ -11,7 +11,8 @@ from typing import Any
 
 from megakd._version import __version__
 from megakd.cache.codec import Codec, build_codec
-from megakd.cache.layout import VERSION, Damage, canonical_json, job_id, write_durably
+from megakd.cache.layout import VERSION, Damage, canonical_json, job_id
+from megakd.common.durable import write_durably
 from megakd.common.errors import UserError
 
 MANIFEST = "manifest.json"

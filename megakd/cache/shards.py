@@ -20,8 +20,8 @@ from megakd.cache.layout import (
     Damage,
     pack_header,
     read_header,
-    sync_folder,
 )
+from megakd.common.durable import sync_folder
 
 SHARD_BYTES = 256 << 20
 SHARD_SECONDS = 600.0

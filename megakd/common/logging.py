@@ -1,4 +1,4 @@
-"""One logger for the project; only rank 0 speaks below the level of a warning."""
+"""One logger for the project; only rank 0 speaks below the level of an error: what others would say it says too."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class _StandardOutput(logging.StreamHandler):  # type: ignore[type-arg]
 
 
 def configure_logging(rank: int = 0) -> None:
-    """Send the project's log to standard output, bare lines on rank 0, warnings with the rank elsewhere."""
+    """Send the project's log to standard output, bare lines on rank 0, errors with the rank elsewhere."""
     handler = _StandardOutput()
     handler.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"[rank {rank}] %(message)s"))
     log.handlers[:] = [handler]
-    log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    log.setLevel(logging.INFO if rank == 0 else logging.ERROR)
     log.propagate = False

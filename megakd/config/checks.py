@@ -29,6 +29,7 @@ def check_config(config: Config, world_size: int | None = None) -> None:
     check_held_out_source(config)
     check_blend(config)
     check_evaluation_data(config)
+    check_best(config)
     check_run_length(config)
     check_learning_rates(config)
     check_warmup(config)
@@ -258,6 +259,29 @@ def check_evaluation_data(config: Config) -> None:
         raise UserError(
             f"evaluation.split is {split} and no such data is named. Set data.{split} or data.{split}_fraction, or "
             "leave evaluation.split out."
+        )
+
+
+def check_best(config: Config) -> None:
+    """The best checkpoint is one of several that are measured, by a figure that there is."""
+    evaluation, teacher = config.evaluation, config.teacher
+    if evaluation.patience is not None and evaluation.metric is None:
+        raise UserError(
+            f"evaluation.patience is {evaluation.patience} and evaluation.metric is null; patience counts evaluations "
+            "without a better metric. Set evaluation.metric to cross_entropy, for example."
+        )
+    if evaluation.metric is None:
+        return
+    if evaluation.interval is None:
+        raise UserError(
+            f"evaluation.metric is {evaluation.metric} and evaluation.interval is null; the best checkpoint is one of "
+            "those measured during training. Set evaluation.interval, or leave evaluation.metric out."
+        )
+    if evaluation.metric in ("kl_to_teacher", "agreement") and (teacher is None or teacher.source != "online"):
+        found = "there is no teacher section" if teacher is None else f"teacher.source is {teacher.source}"
+        raise UserError(
+            f"evaluation.metric is {evaluation.metric} and {found}; it is measured against the teacher itself. Use "
+            "cross_entropy or perplexity, or set teacher.source to online."
         )
 
 

@@ -29,6 +29,11 @@ class RunSection(Section):
         default="auto", description="Layers: ours on torch, Transformer Engine's, or whichever is installed."
     )
     export: bool = Field(default=True, description="Write the student as a Hugging Face folder at the end.")
+    time_limit_minutes: float | None = Field(
+        default=None,
+        gt=0,
+        description="Save and end with status 75 when the launch is this old; the same command goes on.",
+    )
 
 
 class StudentInit(Section):
@@ -225,8 +230,33 @@ class CheckpointSection(Section):
     """Distributed checkpoints of student, optimizer and position, in <run.output_dir>/checkpoints."""
 
     save_interval: int | None = Field(default=None, gt=0, description="Steps between checkpoints.")
-    save_at_end: bool = Field(default=True)
+    save_at_end: bool = Field(default=True, description="Also after the last step.")
     resume: bool = Field(default=True, description="Go on from the newest checkpoint in the run's folder, if any.")
+    keep_last: int | None = Field(
+        default=None, ge=1, description="Checkpoints that stay, the best one aside; all where not given."
+    )
+    async_save: bool = Field(
+        default=True, description="Train on while a copy of the state, in main memory, is written."
+    )
+    on_write_error: Literal["continue", "stop"] = Field(
+        default="continue", description="What a full or broken disk does to the run; it is said either way."
+    )
+
+
+class SafeguardsSection(Section):
+    """What a run does about steps that go wrong or do not end."""
+
+    max_skipped_steps: int = Field(
+        default=10, ge=1, description="Steps in a row without a finite loss and gradient norm that end the run."
+    )
+    loss_spike_deviations: float | None = Field(
+        default=6.0, gt=0, description="A loss so many deviations above the recent mean is reported; null: none is."
+    )
+    hang_timeout_seconds: float | None = Field(
+        default=1800.0,
+        gt=0,
+        description="Without a sign of progress for so long the job ends, with stacks; null: never.",
+    )
 
 
 class LoggingSection(Section):
@@ -244,6 +274,12 @@ class EvaluationSection(Section):
     at_end: bool = Field(default=False, description="Evaluate after the last step.")
     max_tokens: int | None = Field(default=None, gt=0, description="Held-out positions read; all where not given.")
     split: Literal["valid", "test"] = Field(default="valid", description="Which held-out data is measured.")
+    metric: Literal["cross_entropy", "perplexity", "kl_to_teacher", "agreement"] | None = Field(
+        default=None, description="What makes a checkpoint the best: it is saved when measured, and kept."
+    )
+    patience: int | None = Field(
+        default=None, ge=1, description="Evaluations in a row without a better `metric` that end the run."
+    )
 
 
 class Config(Section):
@@ -259,5 +295,6 @@ class Config(Section):
     optimizer: OptimizerSection
     schedule: ScheduleSection
     checkpoint: CheckpointSection = CheckpointSection()
+    safeguards: SafeguardsSection = SafeguardsSection()
     logging: LoggingSection = LoggingSection()
     evaluation: EvaluationSection = EvaluationSection()

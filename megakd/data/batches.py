@@ -100,6 +100,13 @@ class TrainBatches:
         # Copies start here: a new thread's current device is not the rank's.
         return [move(batch, self._device) for batch in reading.result()]
 
+    def sample_ids(self, step: int) -> list[int]:
+        """Ids of all samples of optimizer step `step`, over all ranks."""
+        assert self._thread is not None, "microbatches comes first"
+        start, count = step * self._global_batch_size, self._global_batch_size
+        ids: list[int] = self._thread.submit(self._order.sample_ids, start, count).result().tolist()
+        return ids
+
     def close(self) -> None:
         """Stop the thread; a later `microbatches` starts another."""
         if self._thread is not None:

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from megakd.launch.failures import AGENT_LOG, RankExit, save_rank_exits
-from megakd.launch.processes import adopted_orphans, die_with_parent
+from megakd.launch.processes import RANK_MODULE, adopted_orphans, die_with_parent
 
 
 def main(argv: list[str]) -> int:
@@ -19,6 +19,10 @@ def main(argv: list[str]) -> int:
     # Not SIGKILL: torchrun must live on to end the ranks and what they started.
     die_with_parent(options["launcher_pid"], signal.SIGTERM)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # For the ranks alone, where it means to save and end. Slurm may send it to every process of a job.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    # torch 2.13's agents keep one store through restarts, in which restarted ranks find what the dead ones left.
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
 
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -33,7 +37,7 @@ def main(argv: list[str]) -> int:
         f"--nproc-per-node={options['nproc_per_node']}",
         f"--max-restarts={options['max_restarts']}",
         f"--log-dir={options['scratch_dir']}",
-        *("-m", "megakd.launch.rank", rank_options, *argv[1:]),
+        *("-m", RANK_MODULE, rank_options, *argv[1:]),
     ]
     try:
         try:

@@ -54,6 +54,17 @@ def save_rank_error(log_dir: Path, error: RankError) -> None:
     _write_whole(rank_record(log_dir, error.rank), json.dumps(asdict(error)))
 
 
+def save_interruption(log_dir: Path, rank: int, reason: str) -> None:
+    """Write that a rank ended before its time, after a checkpoint."""
+    _write_whole(log_dir / f"rank-{rank}.interrupted", reason)
+
+
+def load_interruption(log_dir: Path) -> str | None:
+    """Why the ranks ended before their time, after a checkpoint; None where they did not."""
+    reasons = [path.read_text() for path in sorted(log_dir.glob("rank-*.interrupted"))]
+    return min(reasons, key=lambda reason: "another rank" in reason, default=None)
+
+
 def save_rank_exits(log_dir: Path, exits: list[RankExit]) -> None:
     """Write what torchrun saw."""
     _write_whole(log_dir / AGENT_RECORD, json.dumps([asdict(e) for e in exits]))
@@ -61,7 +72,12 @@ def save_rank_exits(log_dir: Path, exits: list[RankExit]) -> None:
 
 def clear_records(log_dir: Path) -> None:
     """Remove what an earlier job left."""
-    for path in [*log_dir.glob("rank-*.error"), log_dir / AGENT_RECORD, log_dir / AGENT_LOG]:
+    patterns = ("rank-*.error", "rank-*.hang", "rank-*.interrupted")
+    for path in [
+        *(found for pattern in patterns for found in log_dir.glob(pattern)),
+        log_dir / AGENT_RECORD,
+        log_dir / AGENT_LOG,
+    ]:
         path.unlink(missing_ok=True)
 
 

@@ -13,6 +13,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from megakd.common.launch_time import LAUNCHED_AT
+from megakd.common.stop_request import RESUME_STATUS
+from megakd.common.watchdog import GRACE_SECONDS, describe_hang, load_hangs
 from megakd.config.load import dump_config
 from megakd.config.schema import Config
 from megakd.launch.failures import (
@@ -20,12 +23,16 @@ from megakd.launch.failures import (
     RankError,
     clear_records,
     first_failure,
+    load_interruption,
     load_rank_errors,
     load_rank_exits,
 )
-from megakd.launch.processes import adopted_orphans
+from megakd.launch.processes import adopted_orphans, signal_ranks
 
-_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_RECORDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+# Slurm's warning and a preemption: what can save does, and ends so that the same command goes on.
+_SAVING = (signal.SIGTERM, signal.SIGUSR1)
+_SAVE_AGAIN_SECONDS = 2.0
 _POLL_SECONDS = 0.2
 # torchrun itself gives ranks 30 s to end after a signal.
 _GRACE_SECONDS = 40.0
@@ -46,17 +53,20 @@ def run_action(
     partial.write_text(dump_config(config), encoding="utf-8")
     os.replace(partial, path)
     command = ["megakd.launch.worker", action, str(path), *flags]
-    return launch_ranks(command, world_size, folder / "logs", max_restarts)
+    return launch_ranks(command, world_size, folder / "logs", max_restarts, saves=action == "train")
 
 
-def launch_ranks(command: list[str], nproc_per_node: int, log_dir: Path | str, max_restarts: int = 0) -> int:
+def launch_ranks(
+    command: list[str], nproc_per_node: int, log_dir: Path | str, max_restarts: int = 0, *, saves: bool = False
+) -> int:
     """Run `command` = (module, arguments) on every rank under torchrun and return the status to exit with.
 
     The module's `main(args)` runs in each rank. The status is 0 for success, 2 where a rank raised UserError, 1 for
-    any other failure, 128 + n after signal n. The last line on standard error names the failure the others followed
-    from. No process of the job is left when this returns, nor soon after this process is killed. SIGINT, SIGTERM and
-    SIGHUP are forwarded to the ranks, a second one kills them. Call it from the main thread. `log_dir` receives
-    torchrun's log and one file per failed rank.
+    any other failure, 128 + n after signal n, and 75 where the ranks ended before their time with all saved, by
+    themselves or, with `saves`, after SIGTERM or SIGUSR1: the same command goes on then. The last line on standard
+    error names the failure the others followed from. No process of the job is left when this returns, nor soon after
+    this process is killed. Other signals are forwarded to the ranks; a second one kills them. Call it from the main
+    thread. `log_dir` receives torchrun's log and one file per failed rank.
     """
     log_dir = Path(log_dir).resolve()
     log_dir.mkdir(parents=True, exist_ok=True)
@@ -75,18 +85,25 @@ def launch_ranks(command: list[str], nproc_per_node: int, log_dir: Path | str, m
                 env=_environment(nproc_per_node),
                 start_new_session=True,
             )
-            _wait(agent, received, log_dir)
+            _wait(agent, received, log_dir, saves)
         status = agent.wait()
+    interruption = load_interruption(log_dir)
+    if status == 0 and interruption is not None:
+        print(f"stopped by {interruption} after a checkpoint; the same command goes on from it", file=sys.stderr)
+        return RESUME_STATUS
+    if status == 0 and saves:
+        return 0  # a signal came when nothing was left to be done
     if received:
         print(f"stopped by {signal.Signals(received[0]).name}; all ranks have ended", file=sys.stderr)
         return 128 + received[0]
-    return 0 if status == 0 else _report_failure(status, log_dir)
+    return 0 if status == 0 else _report_failure(status, log_dir, nproc_per_node)
 
 
 def _environment(nproc_per_node: int) -> dict[str, str]:
     """This process's environment, with threads shared out over the ranks and the same megakd importable."""
     environment = dict(os.environ)
     cores = len(os.sched_getaffinity(0))
+    environment[LAUNCHED_AT] = repr(time.time())
     environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // nproc_per_node)))
     source = str(Path(__file__).resolve().parents[2])
     paths = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path and path != source]
@@ -98,7 +115,7 @@ def _environment(nproc_per_node: int) -> dict[str, str]:
 def _recorded_signals() -> Iterator[list[int]]:
     """A list that receives the numbers of the signals that arrive inside."""
     received: list[int] = []
-    previous = {number: signal.signal(number, lambda n, _: received.append(n)) for number in _FORWARDED}
+    previous = {number: signal.signal(number, lambda n, _: received.append(n)) for number in _RECORDED}
     try:
         yield received
     finally:
@@ -106,28 +123,51 @@ def _recorded_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _wait(agent: subprocess.Popen[bytes], received: list[int], log_dir: Path) -> None:
+def _wait(agent: subprocess.Popen[bytes], received: list[int], log_dir: Path, saves: bool) -> None:
     """Return when the agent has ended or should be killed; pass on the first signal."""
     deadline: float | None = None
+    saving_since: float | None = None
+    hanging_since: float | None = None
     while True:
         try:
             agent.wait(_POLL_SECONDS)
             return
         except subprocess.TimeoutExpired:
             pass
-        if len(received) > 1 or (deadline is not None and time.monotonic() > deadline):
+        now = time.monotonic()
+        if len(received) > 1 or (deadline is not None and now > deadline):
             return
-        if deadline is None and received:
-            agent.send_signal(received[0])
-            deadline = time.monotonic() + _GRACE_SECONDS
-        elif deadline is None and any(error.user_error for error in load_rank_errors(log_dir)):
+        if deadline is not None:
+            continue
+        hangs = load_hangs(log_dir)
+        if hangs and hanging_since is None:
+            hanging_since = now
+        if received and saves and received[0] in _SAVING:
+            # Again and again: a rank that is only starting does not listen yet.
+            if saving_since is None or now - saving_since > _SAVE_AGAIN_SECONDS:
+                signal_ranks(agent.pid, signal.SIGUSR1)
+                saving_since = now
+        elif received:
+            agent.send_signal(signal.SIGTERM if received[0] == signal.SIGUSR1 else received[0])
+            deadline = now + _GRACE_SECONDS
+        if any(error.user_error for error in load_rank_errors(log_dir)):
             # Bad input stays bad: no restart can help.
             agent.terminate()
-            deadline = time.monotonic() + _GRACE_SECONDS
+            deadline = now + _GRACE_SECONDS
+        elif hanging_since is not None and now - hanging_since > GRACE_SECONDS / 2:
+            # torchrun would wait for ranks that hear nothing.
+            agent.terminate()
+            signal_ranks(agent.pid, signal.SIGKILL)
+            deadline = now + _GRACE_SECONDS
 
 
-def _report_failure(status: int, log_dir: Path) -> int:
+def _report_failure(status: int, log_dir: Path, world_size: int) -> int:
     """Print the failure the others followed from, its line last; return the exit status."""
+    hangs = load_hangs(log_dir)
+    if hangs:
+        print(f"stacks of the ranks: {log_dir}/rank-*.hang", file=sys.stderr)
+        print(f"error: {describe_hang(hangs, world_size)}; all ranks were ended", file=sys.stderr)
+        return 1
     failure = first_failure(load_rank_errors(log_dir), load_rank_exits(log_dir))
     if isinstance(failure, RankError) and failure.user_error:
         print(f"error: {failure.message}", file=sys.stderr)

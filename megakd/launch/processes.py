@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import psutil
 
+RANK_MODULE = "megakd.launch.rank"
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 
@@ -38,6 +39,20 @@ def adopted_orphans() -> Iterator[None]:
     finally:
         _kill_descendants(before)
         _prctl(_PR_SET_CHILD_SUBREAPER, 0)
+
+
+def signal_ranks(agent_pid: int, number: signal.Signals) -> None:
+    """Send a signal to the ranks, children of torchrun's process, that are there."""
+    try:
+        children = psutil.Process(agent_pid).children()
+    except psutil.NoSuchProcess:
+        return
+    for process in children:
+        try:
+            if RANK_MODULE in process.cmdline():
+                process.send_signal(number)
+        except (psutil.NoSuchProcess, psutil.ZombieProcess):
+            continue
 
 
 def _kill_descendants(spared: Collection[int]) -> None:

@@ -13,7 +13,8 @@ import traceback
 from pathlib import Path
 
 from megakd.common.errors import UserError
-from megakd.launch.failures import RankError, load_rank_errors, rank_record, save_rank_error
+from megakd.common.stop_request import listen
+from megakd.launch.failures import RankError, load_rank_errors, rank_record, save_interruption, save_rank_error
 from megakd.launch.processes import die_with_parent
 
 
@@ -23,13 +24,17 @@ def main(argv: list[str]) -> int:
     die_with_parent(options["agent_pid"])
     # A rank inside a collective would never see Python's KeyboardInterrupt; the launcher speaks for all ranks.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # The launcher's way to say: save, and end.
+    listen([signal.SIGUSR1])
     faulthandler.enable()
     rank, log_dir = int(os.environ["RANK"]), Path(options["log_dir"])
     # A record of bad input stays: the launcher may not have read it yet, and no restart cures it.
     if not any(error.rank == rank and error.user_error for error in load_rank_errors(log_dir)):
         rank_record(log_dir, rank).unlink(missing_ok=True)
     try:
-        importlib.import_module(argv[1]).main(argv[2:])
+        interrupted = importlib.import_module(argv[1]).main(argv[2:])
+        if interrupted is not None:
+            save_interruption(log_dir, rank, interrupted)
     except BaseException as error:
         if isinstance(error, SystemExit) and not error.code:
             return 0

@@ -8,10 +8,10 @@ from megakd.config.load import load_config
 from megakd.config.schema import Config
 
 
-def _train(config: Config) -> None:
+def _train(config: Config, *flags: str) -> str | None:
     from megakd.training.loop import distill
 
-    distill(config, preflighted=True)
+    return distill(config, preflighted=True, accept_changes="accept-changes" in flags).interrupted
 
 
 def _evaluate(config: Config) -> None:
@@ -26,14 +26,15 @@ def _cache(config: Config, *flags: str) -> None:
     write_cache(config, dry_run="dry-run" in flags, overwrite="overwrite" in flags)
 
 
-ACTIONS: dict[str, Callable[..., None]] = {"train": _train, "evaluate": _evaluate, "cache": _cache}
+ACTIONS: dict[str, Callable[..., str | None]] = {"train": _train, "evaluate": _evaluate, "cache": _cache}
 
 
-def main(args: list[str]) -> None:
-    """Run `args` = (action, path of the configuration, flags of the action)."""
+def main(args: list[str]) -> str | None:
+    """Run `args` = (action, path of the configuration, flags of the action); what interrupted it, if anything."""
     action, path, *flags = args
-    ACTIONS[action](load_config(path, []), *flags)
+    interrupted = ACTIONS[action](load_config(path, []), *flags)
 
     from megakd.platform import shutdown_distributed
 
     shutdown_distributed()
+    return interrupted

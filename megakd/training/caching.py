@@ -29,6 +29,7 @@ from megakd.data.batches import Batch, collate, move
 from megakd.losses.sparse_targets import BLOCK_COLUMNS
 from megakd.parallel.mesh import GroupPool
 from megakd.parallel.random_state import seed_megatron
+from megakd.parallel.rank_0 import on_rank_0
 from megakd.platform import Platform, build_platform, detect_accelerations, init_distributed, resolve_layer_spec
 from megakd.teacher.recording import SampleRecord, TeacherRecorder
 from megakd.training.architectures import teacher_architecture
@@ -235,21 +236,13 @@ class _CacheRun:
         return {"teacher": self.config.teacher.path, "data": [part.source.path for part in self.data.parts]}
 
     def _on_rank_0(self, action: Callable[[], T]) -> T:
-        """Do it on rank 0 and give what comes of it, or the UserError, to every rank."""
-        outcome: list[T | UserError | None] = [None]
-        if dist.get_rank() == 0:
-            try:
-                outcome = [action()]
-            except UserError as error:
-                outcome = [error]
-            except OSError as error:
-                outcome = [
-                    UserError(f"{self.path} cannot be written: {error.strerror or error}. Choose another cache.path.")
-                ]
-        dist.broadcast_object_list(outcome, src=0)
-        if isinstance(outcome[0], UserError):
-            raise outcome[0]
-        return outcome[0]  # type: ignore[return-value]
+        """parallel.on_rank_0, with a line on what cannot be written."""
+        try:
+            return on_rank_0(action)
+        except OSError as error:
+            raise UserError(
+                f"{self.path} cannot be written: {error.strerror or error}. Choose another cache.path."
+            ) from error
 
 
 def _share(ids: NDArray[np.int64], size: int, rank: int, ranks: int) -> list[NDArray[np.int64]]:

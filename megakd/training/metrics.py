@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from megakd.common.logging import log
+from megakd.training.line_file import LineFile
 
 
 class MetricsWriter:
@@ -28,8 +28,8 @@ class MetricsWriter:
         self._board: Any = None
         if not is_writer:
             return
-        self._metrics = _open_after(folder / "metrics.jsonl", start_step)
-        self._evaluations = _open_after(folder / "evaluations.jsonl", start_step)
+        self._metrics = LineFile(folder / "metrics.jsonl", start_step)
+        self._evaluations = LineFile(folder / "evaluations.jsonl", start_step)
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -56,8 +56,7 @@ class MetricsWriter:
         """Write a training step's record; `step` counts from 1."""
         if not self._is_writer:
             return
-        self._metrics.write(json.dumps(record) + "\n")
-        self._metrics.flush()
+        self._metrics.append(record)
         self._to_board("train", record)
         step = record["step"]
         if self._progress is not None:
@@ -74,15 +73,20 @@ class MetricsWriter:
         """Write held-out scores after `step` steps."""
         if not self._is_writer:
             return
-        self._evaluations.write(json.dumps({"step": step, **scores}) + "\n")
-        self._evaluations.flush()
+        self._evaluations.append({"step": step, **scores})
         self._to_board("held_out", {"step": step, **scores})
         log.info(describe_scores(step, scores))
+
+    def sync(self) -> None:
+        """Make the records durable: a checkpoint that is to be named must not be ahead of them."""
+        if self._is_writer:
+            self._metrics.sync()
+            self._evaluations.sync()
 
     def _to_board(self, prefix: str, record: dict[str, Any]) -> None:
         if self._board is not None:
             for name, value in record.items():
-                if name != "step" and value is not None:
+                if name != "step" and isinstance(value, int | float):
                     self._board.add_scalar(f"{prefix}/{name}", value, record["step"])
 
 
@@ -94,21 +98,6 @@ def describe_scores(step: int, scores: dict[str, Any]) -> str:
         line += f", KL to teacher {scores['kl_to_teacher']:.4f}, top-1 agreement {scores['agreement']:.4f}"
         line += f" (the teacher's cross-entropy {scores['teacher_cross_entropy']:.4f})"
     return line
-
-
-def _open_after(path: Path, step: int) -> Any:
-    """Open for appending, without the lines of steps after `step` and without a half-written last line."""
-    if path.exists():
-        kept = []
-        for line in path.read_text().splitlines():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                break
-            if record["step"] <= step:
-                kept.append(line + "\n")
-        path.write_text("".join(kept))
-    return path.open("a")
 
 
 def _progress_bar(total: int, done: int) -> Any:

@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 
 from megakd.cache.reader import CacheReader
+from megakd.checkpoint.record import newest_record
 from megakd.common.errors import UserError
 from megakd.common.logging import log
 from megakd.config.checks import check_architecture, check_cache_config, check_config
@@ -21,12 +22,17 @@ from megakd.training.architectures import (
     teacher_architecture,
     teacher_folder,
 )
+from megakd.training.drift import check_changes, find_changes
+from megakd.training.run_folder import CHECKPOINTS
 from megakd.training.teacher_cache import cache_codec, check_cache_fits
 from megakd.training.train_data import Purpose, held_out_sources, open_held_out_data, open_train_data, run_steps
 
 
-def preflight(config: Config, world_size: int) -> None:
+def preflight(config: Config, world_size: int, *, accept_changes: bool = False) -> None:
     """Check a configuration against the ranks it will run on and the files it names. Builds nothing.
+
+    Args:
+        accept_changes: a checkpoint that the run will go on from may be of a run with other settings.
 
     Raises:
         UserError: the first thing that does not hold, with its remedy.
@@ -39,6 +45,8 @@ def preflight(config: Config, world_size: int) -> None:
     _check_output(config)
     if config.run.export:
         _check_export(config)
+    if not accept_changes:
+        _check_resumed(config)
 
 
 def preflight_cache(config: Config, world_size: int) -> None:
@@ -147,6 +155,14 @@ def _check_output(config: Config) -> None:
         raise UserError(
             f"run.output_dir is {folder}; it must be a folder that can be written to ({error.strerror})."
         ) from error
+
+
+def _check_resumed(config: Config) -> None:
+    """Settings alone; the ranks compare the contents of files too, with the checkpoint that is whole."""
+    newest = newest_record(Path(config.run.output_dir) / CHECKPOINTS) if config.checkpoint.resume else None
+    if newest is not None:
+        path, record = newest
+        check_changes(path, [change for change in find_changes(record, config) if change.alters], accepted=False)
 
 
 def _check_export(config: Config) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from megakd.config.load import dump_config
 from megakd.config.schema import Config
 
+CHECKPOINTS, LOGS = "checkpoints", "logs"
 _PACKAGES = ("torch", "megatron-core", "transformers", "tokenizers", "safetensors", "numpy", "pydantic",
              "transformer-engine", "triton")  # fmt: skip
 

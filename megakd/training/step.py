@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
 
 from megakd.evaluation.evaluate import sum_over_ranks
@@ -19,7 +21,10 @@ from megakd.training.objective import Batch, Objective, Signal
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step reports: means per counted token over the global batch, the same on every rank."""
+    """What a step reports: means per counted token over the global batch, the same on every rank.
+
+    Of a step with `skipped`, weights and optimizer are as they were: its loss or a gradient is not finite.
+    """
 
     loss: float
     kd_loss: float
@@ -28,6 +33,7 @@ class StepResult:
     tokens: int
     seconds: float
     teacher_seconds: float
+    skipped: bool
 
 
 def accumulate_gradients(
@@ -74,9 +80,12 @@ def train_step(
         group["lr"] = learning_rate
     optimizer.zero_grad()
     sums, teacher_seconds = accumulate_gradients(student, teacher, objective, microbatches, platform)
-    _, grad_norm, _ = optimizer.step()
-    if grad_norm is None:  # megatron-core computes it only where it clips
-        grad_norm = optimizer.get_grad_norm()
+    skipped = not _all_finite(sums, student)
+    grad_norm = math.nan
+    if not skipped:
+        _, norm, _ = optimizer.step()
+        # megatron-core computes it only where it clips
+        grad_norm = float(optimizer.get_grad_norm() if norm is None else norm)
     platform.synchronize()
     total, kd, ce, tokens = sums.tolist()
     divisor = max(tokens, 1.0)
@@ -84,8 +93,23 @@ def train_step(
         loss=total / divisor,
         kd_loss=kd / divisor,
         ce_loss=ce / divisor,
-        grad_norm=float(grad_norm),
+        grad_norm=grad_norm,
         tokens=int(tokens),
         seconds=time.perf_counter() - started,
         teacher_seconds=teacher_seconds,
+        skipped=skipped,
     )
+
+
+def _all_finite(sums: torch.Tensor, student: Student) -> bool:
+    """Whether all ranks' sums and gradients are, and the square of the norm in fp32, which megatron-core computes.
+
+    That norm leaves out what tensor ranks hold twice: it cannot tell that one rank's copy went wrong. Every rank comes
+    to the same answer.
+    """
+    buffers = [*student.model.buffers, *student.model.expert_parallel_buffers]
+    norms = [torch.linalg.vector_norm(buffer.grad_data).double() for buffer in buffers]
+    # Zero, or not a number where a sum is none.
+    square = torch.stack(norms).square().sum() + (sums - sums).sum().to(norms[0].device)
+    dist.all_reduce(square)
+    return bool(square < torch.finfo(torch.float32).max)

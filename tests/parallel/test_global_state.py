@@ -81,17 +81,14 @@ def getters_forbidden() -> Iterator[list[str]]:
 
 def run_without_getters(values: dict[str, Any], checkpoints: Path) -> tuple[list[float], list[str]]:
     """Build, train, save, load and score under `getters_forbidden`: the losses, and the allowed getters called."""
-    from megakd.checkpoint.run_state import load_checkpoint, save_checkpoint
     from megakd.evaluation import evaluate
     from megakd.training import loop  # noqa: F401  so that all modules a run imports are there to be searched
-    from megakd.training.export import parameters_gathered
 
     with getters_forbidden() as calls:
         run = build(values)
         losses = run.train(0, 2)
-        with parameters_gathered(run.student.model):
-            path = save_checkpoint(checkpoints, 2, run.student.model, run.optimizer, run.mesh, {"step": 2})
-        assert load_checkpoint(path, run.student.model, run.optimizer, run.mesh) == {"step": 2}
+        run.save(checkpoints, 2, tokens=7)
+        assert run.load(checkpoints) == {"tokens": 7}
         batches = run.batches()
         evaluate(
             run.student.model, run.mesh, batches.microbatches(0), run.teacher, vocab_size=run.objective.vocab_size,

@@ -18,13 +18,11 @@ def what_is_trained_and_saved(values: dict[str, Any], folder: Path) -> dict[str,
     """What a run with a teacher optimizes and writes, and whether training touched the teacher."""
     from megatron.core.dist_checkpointing import load_tensors_metadata
 
-    from megakd.checkpoint.run_state import save_checkpoint
-
     run = build(values)
     tensors = [*run.teacher.model.parameters(), *([] if run.teacher.head is None else [run.teacher.head])]
     before = [tensor.clone() for tensor in tensors]
     run.train(0, 2)
-    path = save_checkpoint(folder, 2, run.student.model, run.optimizer, run.mesh, {})
+    path = run.save(folder, 2)
     memory = {tensor.untyped_storage().data_ptr() for tensor in tensors}
     optimized = [parameter for group in run.optimizer.param_groups for parameter in group["params"]]
     return {

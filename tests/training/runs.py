@@ -138,6 +138,33 @@ class Built:
         finally:
             batches.close()
 
+    def checkpoints(self, folder: Path, **options: Any) -> Any:
+        """The run's checkpoints in a folder."""
+        from megakd.checkpoint.run_checkpoints import RunCheckpoints
+
+        return RunCheckpoints(folder, self.student.model, self.optimizer, self.mesh, **options)
+
+    def record(self, step: int, **counters: Any) -> Any:
+        """What a checkpoint says of this run."""
+        from megakd.checkpoint.record import Record
+
+        return Record(step, counters, self.config.model_dump(mode="json"), {}, self.mesh.describe())
+
+    def save(self, folder: Path, step: int, **counters: Any) -> Path:
+        """Write a checkpoint and wait for it."""
+        from megakd.training.export import parameters_gathered
+
+        with parameters_gathered(self.student.model):
+            assert self.checkpoints(folder).save(self.record(step, **counters)) is None
+        return folder / f"step-{step:08d}"
+
+    def load(self, folder: Path) -> dict[str, Any]:
+        """Go on from the newest checkpoint; its counters."""
+        checkpoints = self.checkpoints(folder)
+        path, record = checkpoints.newest()
+        checkpoints.load(path, record, self.mesh.describe())
+        return dict(record.counters)
+
     def accumulate(self, microbatches: list[dict[str, torch.Tensor]]) -> list[float]:
         """Fill the gradient buffers; returns the sums of the global batch."""
         from megakd.training.step import accumulate_gradients

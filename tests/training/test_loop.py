@@ -32,7 +32,8 @@ def run_distill(values: dict[str, Any]) -> dict[int, Any]:
     from megakd.config.schema import Config
     from megakd.training import distill
 
-    return {step: scores.to_dict() for step, scores in distill(Config.model_validate(values)).scores.items()}
+    result = distill(Config.model_validate(values), accept_changes=True)
+    return {step: scores.to_dict() for step, scores in result.scores.items()}
 
 
 def records(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:

@@ -14,11 +14,11 @@ from tests.training.runs import build, layout, run_values, save_llama, write_run
 
 
 def distil(values: dict[str, Any]) -> list[int]:
-    from megakd.checkpoint.run_state import checkpoint_steps
+    from megakd.checkpoint.folders import checkpoint_steps
     from megakd.config.schema import Config
     from megakd.training.loop import distill
 
-    result = distill(Config.model_validate(values))
+    result = distill(Config.model_validate(values), accept_changes=True)
     return list(checkpoint_steps(result.folder / "checkpoints"))
 
 

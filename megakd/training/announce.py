@@ -1,0 +1,51 @@
+"""What a run says of itself before its first step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megakd.config.schema import Config
+from megakd.parameters.sharding import padded_vocab_size
+from megakd.teacher import CachedTeacher
+from megakd.training.architectures import student_architecture, teacher_architecture
+from megakd.training.objective import describe_loss
+from megakd.training.train_data import HeldOutData, TrainData
+
+
+def announce(
+    config: Config,
+    data: TrainData,
+    held_out: HeldOutData | None,
+    cached_teacher: CachedTeacher | None,
+    *,
+    layout: str,
+    layer_spec: str,
+    steps: int,
+    device_type: str,
+) -> Iterator[str]:
+    """Models, loss and data, a line each."""
+    student = student_architecture(config)
+    yield (
+        f"{config.run.name}: student of {student.num_layers} layers, {student.num_parameters():,} parameters "
+        f"({config.run.dtype}, {layer_spec} layers) on {layout}"
+    )
+    if cached_teacher is not None:
+        yield from cached_teacher.describe()
+    elif config.teacher is not None:
+        teacher = teacher_architecture(config)
+        use = "" if config.distill.kd_weight > 0 else ", for evaluation only"
+        yield (
+            f"teacher {config.teacher.path}: {teacher.num_layers} layers, {teacher.num_parameters():,} parameters{use}"
+        )
+    tokens = config.data.sequence_length
+    columns = padded_vocab_size(student.vocab_size, config.student.make_vocab_size_divisible_by)
+    yield describe_loss(
+        config.distill,
+        config.data.micro_batch_size * tokens,
+        columns // config.parallel.tensor_model_parallel_size,
+        device_type,
+    )
+    yield from data.lines
+    yield from held_out.lines if held_out is not None else ()
+    batch = config.data.global_batch_size * tokens
+    yield f"{steps:,} steps of {batch:,} tokens from {data.order.num_samples:,} samples"

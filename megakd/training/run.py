@@ -1,0 +1,347 @@
+"""A run from its newest checkpoint, or the start, to its end or a wish to stop."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megakd.checkpoint.record import Record
+from megakd.checkpoint.run_checkpoints import RunCheckpoints
+from megakd.common.errors import UserError
+from megakd.common.launch_time import launch_age_seconds
+from megakd.common.logging import log
+from megakd.common.stop_request import stop_requested
+from megakd.common.watchdog import Watchdog
+from megakd.config.schema import Config
+from megakd.data.batches import TrainBatches
+from megakd.evaluation import Scores, evaluate
+from megakd.parallel.random_state import seed_megatron
+from megakd.parallel.rank_0 import on_rank_0
+from megakd.platform import Platform, detect_accelerations, resolve_layer_spec
+from megakd.teacher import OnlineTeacher, Teacher
+from megakd.training.announce import announce
+from megakd.training.architectures import shared_vocab_size, teacher_architecture
+from megakd.training.build import (
+    DTYPES,
+    Student,
+    build_adam,
+    build_cached_teacher,
+    build_meshes,
+    build_student,
+    build_teacher,
+)
+from megakd.training.drift import check_changes, describe_contents, find_changes
+from megakd.training.export import export_student, parameters_gathered
+from megakd.training.flops import step_flops
+from megakd.training.held_out import held_out_batches
+from megakd.training.metrics import MetricsWriter, describe_scores
+from megakd.training.objective import Objective
+from megakd.training.run_folder import CHECKPOINTS, save_run_description
+from megakd.training.schedule import learning_rate
+from megakd.training.step import StepResult, train_step
+from megakd.training.train_data import held_out_sources, open_held_out_data, open_train_data, run_steps
+from megakd.training.watch import Counters
+
+
+class Run:
+    """The objects of a run and the numbers that change. On every rank; all methods are collective."""
+
+    def __init__(self, config: Config, platform: Platform, watchdog: Watchdog, *, accept_changes: bool) -> None:
+        self.config, self.platform, self.watchdog = config, platform, watchdog
+        self.folder = Path(config.run.output_dir)
+        self.scores: dict[int, Scores] = {}
+        accelerations = detect_accelerations()
+        layer_spec = resolve_layer_spec(config.run.layer_spec, accelerations)
+        self.mesh, teacher_mesh = build_meshes(config)
+        log.info(accelerations.describe())
+        seed_megatron(config.run.seed, self.mesh)
+        self._student: Student = build_student(config, self.mesh, layer_spec)
+        self._optimizer = build_adam(self._student, config.optimizer, DTYPES[config.run.dtype])
+        self._data = open_train_data(config)
+        self._teacher: OnlineTeacher | None = None
+        if teacher_mesh is not None:
+            self._teacher = build_teacher(config, teacher_mesh, layer_spec)
+        self._cached_teacher = build_cached_teacher(config, self._data)
+        # A run on cross-entropy alone has a teacher only to be measured against.
+        self._training_teacher: Teacher | None = self._cached_teacher
+        if config.distill.kd_weight > 0 and self._teacher is not None:
+            self._training_teacher = self._teacher
+        self._objective = Objective(
+            config.distill, shared_vocab_size(config), self.mesh.groups.tp, self._student.sequence_parallel
+        )
+        self._held_out = None
+        if held_out_sources(config, config.evaluation.split) is not None:
+            self._held_out = open_held_out_data(config, config.evaluation.split)
+        self._steps = run_steps(config, self._data)
+        self._accept_changes = accept_changes
+        self._contents = on_rank_0(lambda: describe_contents(config, self._data))
+        self._checkpoints = RunCheckpoints(
+            self.folder / CHECKPOINTS,
+            self._student.model,
+            self._optimizer,
+            self.mesh,
+            keep_last=config.checkpoint.keep_last,
+            in_background=config.checkpoint.async_save,
+        )
+        self._counters = Counters()
+        self._saved_step: int | None = None
+        self._metrics: MetricsWriter
+        for line in announce(
+            config, self._data, self._held_out, self._cached_teacher, layout=self.mesh.describe(),
+            layer_spec=layer_spec, steps=self._steps, device_type=platform.device.type,
+        ):  # fmt: skip
+            log.info(line)
+
+    def train(self) -> str | None:
+        """Train on. Returns what interrupted it, after a checkpoint; None at the run's end.
+
+        Raises:
+            UserError: there is no way on: steps without finite losses, a disk that fails, a checkpoint of another run.
+        """
+        config, is_writer = self.config, dist.get_rank() == 0
+        self.watchdog.enter("resuming")
+        self._resume()
+        if is_writer:
+            save_run_description(self.folder, config, dist.get_world_size(), self.mesh.describe())
+        cached = self._cached_teacher if self.mesh.is_last_stage else None
+        batches = TrainBatches(
+            self._data.samples,
+            self._data.order,
+            micro_batch_size=config.data.micro_batch_size,
+            global_batch_size=config.data.global_batch_size,
+            data_parallel_rank=self.mesh.dp_rank,
+            data_parallel_size=self.mesh.dp_size,
+            device=self.platform.device,
+            attach=None if cached is None else cached.attach,
+        )
+        self._metrics = MetricsWriter(
+            self.folder,
+            is_writer=is_writer,
+            start_step=self._counters.step,
+            total_steps=self._steps,
+            log_interval=config.logging.log_interval,
+            tensorboard=config.logging.tensorboard,
+        )
+        try:
+            with self._metrics:
+                if config.evaluation.at_start and self._counters.step == 0:
+                    self._evaluate()
+                interrupted = self._agree()
+                while interrupted is None and not self._is_over():
+                    self._train_step(batches)
+                    interrupted = self._agree()
+                if interrupted is not None and self._is_over():
+                    interrupted = None  # nothing is left to be done but the export
+                if interrupted is not None and self._saved_step != self._counters.step > 0:
+                    self._save(waits=True)
+                self.watchdog.enter("finishing a checkpoint")
+                self._heed(self._checkpoints.finish())
+        finally:
+            batches.close()
+        return interrupted
+
+    def evaluate_only(self) -> Scores:
+        """Score the newest checkpoint's weights, or the initial ones; writes nothing."""
+        self.watchdog.enter("resuming")
+        newest = self._checkpoints.newest() if self.config.checkpoint.resume else None
+        if newest is not None:
+            path, record = newest
+            self._check_drift(path, record)
+            self._checkpoints.load_model(path)
+            self._counters.step = record.step
+        log.info(f"evaluating {newest[0] if newest is not None else 'the initial student'}")
+        scores = self._scores()
+        log.info(describe_scores(self._counters.step, scores.to_dict()))
+        return scores
+
+    def export(self) -> Path:
+        """Write the student as a Hugging Face folder."""
+        self.watchdog.enter("the export")
+        path = export_student(self.config, self._student)
+        log.info(f"student in Hugging Face format: {path}")
+        return path
+
+    def _is_over(self) -> bool:
+        patience, best = self.config.evaluation.patience, self._counters.best
+        return self._counters.step >= self._steps or (patience is not None and best.since >= patience)
+
+    def _train_step(self, batches: TrainBatches) -> None:
+        config, counters = self.config, self._counters
+        self.watchdog.enter("reading data", counters.step + 1)
+        rate = learning_rate(counters.step, self._steps, config.optimizer, config.schedule)
+        started = time.perf_counter()
+        microbatches = batches.microbatches(counters.step)
+        waited = time.perf_counter() - started
+        self.watchdog.enter("computing")
+        result = train_step(
+            self._student, self._training_teacher, self._objective, self._optimizer, microbatches, rate, self.platform
+        )
+        counters.step += 1
+        counters.tokens += result.tokens
+        odd = self._judge(result, batches)
+        share = waited / (waited + result.seconds)
+        self._metrics.step(self._record(result, rate) | odd | {"data_share": share})
+        if counters.skipped_in_a_row >= config.safeguards.max_skipped_steps:
+            self._heed(self._checkpoints.finish())
+            raise UserError(
+                f"{counters.skipped_in_a_row} steps in a row had a loss or gradients that are not finite "
+                f"(safeguards.max_skipped_steps), up to step {counters.step}; the weights are those of the last good "
+                f"step, and the checkpoints before are kept. Look at the samples in {self.folder / 'metrics.jsonl'}, "
+                "lower optimizer.lr or leave out the data."
+            )
+        every, best = config.evaluation.interval, False
+        if every and counters.step % every == 0:
+            best = self._evaluate()
+        over = self._is_over()
+        if over and config.evaluation.at_end and counters.step not in self.scores:
+            best = self._evaluate()
+        every = config.checkpoint.save_interval
+        if best or (every and counters.step % every == 0) or (over and config.checkpoint.save_at_end):
+            self._save()
+
+    def _judge(self, result: StepResult, batches: TrainBatches) -> dict[str, Any]:
+        """Count and report a step that was skipped or whose loss jumps. Returns what its record says of it."""
+        counters, deviations = self._counters, self.config.safeguards.loss_spike_deviations
+        mean = counters.spikes.mean
+        if result.skipped:
+            counters.skipped_steps += 1
+            counters.skipped_in_a_row += 1
+            also = " and a gradient is not finite" if math.isfinite(result.loss) else ""
+            text = f"is skipped: its loss is {result.loss:g}{also}"
+        else:
+            counters.skipped_in_a_row = 0
+            if not counters.spikes.is_spike(result.loss, deviations):
+                return {"skipped_steps": counters.skipped_steps}
+            text = f"is a loss spike: {result.loss:.4f} where the recent mean is {mean:.4f}"
+        ids = batches.sample_ids(counters.step - 1)
+        log.warning(f"step {counters.step} {text}; samples {_shortened(ids)}")
+        event = "skipped" if result.skipped else "loss_spike"
+        return {"skipped_steps": counters.skipped_steps, event: True, "sample_ids": ids}
+
+    def _record(self, result: StepResult, rate: float) -> dict[str, Any]:
+        config = self.config
+        tokens = config.data.global_batch_size * config.data.sequence_length
+        runs_teacher = self._training_teacher is not None and self._cached_teacher is None
+        teacher = teacher_architecture(config) if runs_teacher else None
+        flops = step_flops(self._student.architecture, teacher, config.data.sequence_length, tokens)
+        return {
+            "step": self._counters.step,
+            "loss": result.loss,
+            "kd_loss": result.kd_loss,
+            "ce_loss": result.ce_loss,
+            "grad_norm": result.grad_norm,
+            "learning_rate": rate,
+            "tokens": self._counters.tokens,
+            "tokens_per_second": tokens / result.seconds,
+            "tflops_per_rank": flops / result.seconds / dist.get_world_size() / 1e12,
+            "teacher_share": result.teacher_seconds / result.seconds,
+            "step_seconds": result.seconds,
+            "peak_memory_bytes": self.platform.peak_memory_bytes(),
+        }
+
+    def _agree(self) -> str | None:
+        """Between steps: name a checkpoint that all ranks have written; what any rank wants to stop for."""
+        self.watchdog.enter("agreeing with the other ranks")
+        limit = self.config.run.time_limit_minutes
+        is_late = limit is not None and launch_age_seconds() > 60 * limit
+        signal_name = stop_requested()
+        is_writing = self._checkpoints.is_saving and not self._checkpoints.is_written
+        flags = torch.tensor(
+            [signal_name is not None, is_late, is_writing], dtype=torch.int32, device=self.platform.device
+        )
+        dist.all_reduce(flags)
+        stopped, late, writing = flags.tolist()
+        if self._checkpoints.is_saving and not writing:
+            self._heed(self._checkpoints.finish())
+        if stopped:
+            return signal_name or "a signal to another rank"
+        return f"run.time_limit_minutes {limit:g}" if late else None
+
+    def _scores(self) -> Scores:
+        assert self._held_out is not None, "checked at the start"
+        self.watchdog.enter("evaluating")
+        return evaluate(
+            self._student.model,
+            self.mesh,
+            self.watchdog.beats(held_out_batches(self.config, self._held_out, self.mesh, self.platform.device)),
+            self._teacher,
+            vocab_size=self._objective.vocab_size,
+            chunk_mib=self.config.distill.loss_chunk_mib,
+            sequence_parallel=self._student.sequence_parallel,
+        )
+
+    def _evaluate(self) -> bool:
+        """Measure; whether it is the best so far by evaluation.metric."""
+        step, metric = self._counters.step, self.config.evaluation.metric
+        scores = self.scores[step] = self._scores()
+        self._metrics.evaluation(step, scores.to_dict())
+        if metric is None or step == 0:
+            return False
+        value = getattr(scores, metric)
+        best = self._counters.best
+        if best.take(step, value, larger_is_better=metric == "agreement"):
+            return True
+        log.info(f"no better {metric} than {best.value:.6g} of step {best.step} in {best.since} evaluations")
+        return False
+
+    def _save(self, *, waits: bool = False) -> None:
+        self.watchdog.enter("saving a checkpoint")
+        counters = self._counters
+        # Records of steps that a checkpoint has must not be lost when a machine is.
+        self._metrics.sync()
+        record = Record(
+            counters.step, counters.to_dict(), self.config.model_dump(mode="json"), self._contents, self._layout
+        )
+        kept = [counters.best.step] if counters.best.step is not None else []
+        with parameters_gathered(self._student.model):
+            problem = self._checkpoints.save(record, kept, waits=waits)
+        self._saved_step = counters.step
+        self._heed(problem)
+
+    def _heed(self, problem: str | None) -> None:
+        """Say that a checkpoint could not be written, and stop if so configured."""
+        if problem is None:
+            return
+        text = f"a checkpoint could not be written ({problem}); those named before are as they were"
+        if self.config.checkpoint.on_write_error == "stop":
+            raise UserError(f"{text}. Make room; the same command goes on (checkpoint.on_write_error is stop).")
+        log.warning(f"{text}, and training goes on (checkpoint.on_write_error)")
+
+    def _resume(self) -> None:
+        if not self.config.checkpoint.resume:
+            # Left in place, an earlier run's checkpoints would be taken for this one's by the next resume.
+            self._checkpoints.set_aside()
+            return
+        newest = self._checkpoints.newest()
+        self._checkpoints.tidy(newest[0] if newest is not None else None)
+        if newest is None:
+            return
+        path, record = newest
+        self._check_drift(path, record)
+        if record.step > self._steps:
+            raise UserError(
+                f"{path} is from step {record.step}, and this run ends at step {self._steps}. Make the run longer, "
+                "set checkpoint.resume=false to start over, or give another run.output_dir."
+            )
+        self._checkpoints.load(path, record, self._layout)
+        self._counters = Counters.from_dict(record.counters)
+        self._saved_step = record.step
+        log.info(f"resumed from {path} after {record.step} steps")
+
+    def _check_drift(self, path: Path, record: Record) -> None:
+        changes = find_changes(record, self.config, self._contents)
+        check_changes(path, changes, accepted=self._accept_changes)
+
+    @property
+    def _layout(self) -> str:
+        return f"{dist.get_world_size()} ranks, {self.mesh.describe()}"
+
+
+def _shortened(ids: list[int]) -> str:
+    """A list for the console; metrics.jsonl has all of it."""
+    return str(ids) if len(ids) <= 32 else f"{ids[:32]} and {len(ids) - 32} more (metrics.jsonl)"

@@ -1,0 +1,75 @@
+"""What a run keeps an eye on between steps: losses that jump, steps that were skipped, the best evaluation."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+# Weight of the newest loss in the mean and the deviation: they follow about the last 50 steps.
+_NEWEST = 0.02
+_STEPS_BEFORE_REPORTS = 20
+
+
+@dataclass
+class LossSpikes:
+    """A running mean of the losses and how far they lie from it; a loss far above is a spike."""
+
+    steps: int = 0
+    mean: float = 0.0
+    deviation: float = 0.0
+
+    def is_spike(self, loss: float, deviations: float | None) -> bool:
+        """Whether a loss lies `deviations` above the mean, which then takes it in, a spike no further than its limit.
+
+        The first 20 losses are never spikes.
+        """
+        limit = math.inf
+        if deviations is not None and self.steps >= _STEPS_BEFORE_REPORTS:
+            # A tenth of a per cent for losses that hardly move.
+            limit = self.mean + deviations * max(self.deviation, 1e-3 * abs(self.mean))
+        taken = min(loss, limit)
+        self.steps += 1
+        weight = max(_NEWEST, 1 / self.steps)
+        self.deviation += weight * (abs(taken - self.mean) - self.deviation) if self.steps > 1 else 0.0
+        self.mean += weight * (taken - self.mean)
+        return loss > limit
+
+
+@dataclass
+class Best:
+    """The best evaluation so far by a metric, and how many came after it."""
+
+    value: float | None = None
+    step: int | None = None
+    since: int = 0
+
+    def take(self, step: int, value: float, *, larger_is_better: bool) -> bool:
+        """Take in an evaluation; whether it is the best."""
+        better = self.value is None or (value > self.value if larger_is_better else value < self.value)
+        if better:
+            self.value, self.step, self.since = value, step, 0
+        else:
+            self.since += 1
+        return better
+
+
+@dataclass
+class Counters:
+    """The loop's numbers that a checkpoint keeps: with them a resumed run says and does what the whole one would."""
+
+    step: int = 0
+    tokens: int = 0
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    spikes: LossSpikes = field(default_factory=LossSpikes)
+    best: Best = field(default_factory=Best)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Counters:
+        """What `to_dict` gave."""
+        return cls(**values | {"spikes": LossSpikes(**values["spikes"]), "best": Best(**values["best"])})
