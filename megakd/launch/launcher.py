@@ -89,7 +89,8 @@ def launch_ranks(
         status = agent.wait()
     interruption = load_interruption(log_dir)
     if status == 0 and interruption is not None:
-        print(f"stopped by {interruption} after a checkpoint; the same command goes on from it", file=sys.stderr)
+        reason = signal.Signals(received[0]).name if received else interruption
+        print(f"stopped by {reason} after a checkpoint; the same command goes on from it", file=sys.stderr)
         return RESUME_STATUS
     if status == 0 and saves:
         return 0  # a signal came when nothing was left to be done

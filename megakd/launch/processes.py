@@ -6,7 +6,7 @@ import ctypes
 import os
 import signal
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import psutil
 
@@ -41,18 +41,22 @@ def adopted_orphans() -> Iterator[None]:
         _prctl(_PR_SET_CHILD_SUBREAPER, 0)
 
 
+def rank_processes(agent_pid: int) -> list[psutil.Process]:
+    """The ranks that live, children of torchrun's process."""
+    found = []
+    with suppress(psutil.NoSuchProcess):
+        for process in psutil.Process(agent_pid).children():
+            with suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+                if RANK_MODULE in process.cmdline():
+                    found.append(process)
+    return found
+
+
 def signal_ranks(agent_pid: int, number: signal.Signals) -> None:
-    """Send a signal to the ranks, children of torchrun's process, that are there."""
-    try:
-        children = psutil.Process(agent_pid).children()
-    except psutil.NoSuchProcess:
-        return
-    for process in children:
-        try:
-            if RANK_MODULE in process.cmdline():
-                process.send_signal(number)
-        except (psutil.NoSuchProcess, psutil.ZombieProcess):
-            continue
+    """Send a signal to the ranks that live."""
+    for process in rank_processes(agent_pid):
+        with suppress(psutil.NoSuchProcess):
+            process.send_signal(number)
 
 
 def _kill_descendants(spared: Collection[int]) -> None:

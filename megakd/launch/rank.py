@@ -33,6 +33,8 @@ def main(argv: list[str]) -> int:
         rank_record(log_dir, rank).unlink(missing_ok=True)
     try:
         interrupted = importlib.import_module(argv[1]).main(argv[2:])
+        # Python takes its handlers away before the process ends, and the launcher may say it again.
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         if interrupted is not None:
             save_interruption(log_dir, rank, interrupted)
     except BaseException as error:

@@ -297,6 +297,7 @@ class Run:
         record = Record(
             counters.step, counters.to_dict(), self.config.model_dump(mode="json"), self._contents, self._layout
         )
+        log.info(f"saving the checkpoint of step {counters.step}")
         kept = [counters.best.step] if counters.best.step is not None else []
         with parameters_gathered(self._student.model):
             problem = self._checkpoints.save(record, kept, waits=waits)

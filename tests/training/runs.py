@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, PretrainedConfig
 
 SEQUENCE, VOCAB = 16, 300
+# Figures of the machine, not of the run.
+TIMED = {"tokens_per_second", "tflops_per_rank", "teacher_share", "data_share", "step_seconds", "peak_memory_bytes"}
 
 
 def save_llama(
@@ -92,6 +96,17 @@ def layout(tp: int = 1, pp: int = 1, **settings: Any) -> dict[str, Any]:
     return {
         "parallel__tensor_model_parallel_size": tp, "parallel__pipeline_model_parallel_size": pp, **settings,
     }  # fmt: skip
+
+
+def records(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    """What a run in `folder`/run logged, without what differs from machine to machine."""
+    lines = (folder / "run" / name).read_text().splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key not in TIMED} for line in lines]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The student that a run in `folder`/run exported."""
+    return load_file(folder / "run" / "student" / "model.safetensors")
 
 
 @dataclass

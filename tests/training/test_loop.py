@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,12 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from tests.training.runs import layout, run_values, write_run_files, write_tokens
+from tests.training.runs import layout, records, run_values, weights, write_run_files, write_tokens
 
-# Figures of the machine, not of the run.
-TIMED = {"tokens_per_second", "tflops_per_rank", "teacher_share", "data_share", "step_seconds", "peak_memory_bytes"}
 SHARDED = {
     "run__dtype": "bf16", "optimizer__use_distributed_optimizer": True, "optimizer__overlap_grad_reduce": True,
     "optimizer__overlap_param_gather": True,
@@ -34,15 +30,6 @@ def run_distill(values: dict[str, Any]) -> dict[int, Any]:
 
     result = distill(Config.model_validate(values), accept_changes=True)
     return {step: scores.to_dict() for step, scores in result.scores.items()}
-
-
-def records(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
-    lines = (folder / "run" / name).read_text().splitlines()
-    return [{key: value for key, value in json.loads(line).items() if key not in TIMED} for line in lines]
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "run" / "student" / "model.safetensors")
 
 
 def values_of(files: Path, out: Path, steps: int, settings: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,186 @@
+"""Ranks, torchrun and launcher are killed at any moment: the run restarts and ends as if nothing had happened."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from tests.training.jobs import Job, is_saving
+from tests.training.runs import layout, records, run_values, weights, write_run_files
+
+SLOW = "tests.training.interruptible_worker"
+KILLS, MANY_KILLS = 10, 200
+STEPS_PER_KILL = 20
+# How a kill's moment is chosen; a third of all while a checkpoint is written.
+MOMENTS = ("saving", "training", "anywhere")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_run_files(tmp_path_factory.mktemp("files"))
+
+
+@pytest.fixture
+def jobs() -> Iterator[list[Job]]:
+    """Jobs that end with the test."""
+    started: list[Job] = []
+    yield started
+    for job in started:
+        job.kill()
+
+
+def job_values(files: Path, out: Path, steps: int, **settings: Any) -> dict[str, Any]:
+    fixed: dict[str, Any] = {
+        "run__output_dir": str(out / "run"), "schedule__train_steps": steps, "checkpoint__save_interval": 5,
+        "checkpoint__keep_last": 2, "schedule__lr_decay_style": "cosine", "logging__log_interval": 1000,
+    }  # fmt: skip
+    return run_values(files, **layout(2), **(fixed | settings))
+
+
+def assert_same_run(found: Path, expected: Path, steps: int) -> None:
+    assert [record["step"] for record in records(found)] == list(range(1, steps + 1))
+    assert records(found) == records(expected)
+    trained, whole = weights(found), weights(expected)
+    assert trained.keys() == whole.keys()
+    assert all(torch.equal(trained[key], weight) for key, weight in whole.items())
+
+
+def wait_for_moment(job: Job, moment: str, rng: random.Random, lives: int) -> None:
+    """Return when the job is to be killed, in its life number `lives`."""
+    if moment == "anywhere":
+        time.sleep(rng.uniform(0, 6))
+        return
+    job.wait_for(lambda: job.log.count("steps of 128 tokens") >= lives)
+    if moment == "saving":
+        job.wait_for(lambda: is_saving(job.log[job.log.rfind("steps of 128 tokens") :]))
+        time.sleep(rng.uniform(0, 0.3))
+    else:
+        time.sleep(rng.uniform(0, 2))
+
+
+def kill_many(files: Path, out: Path, jobs: list[Job], kills: int, seed: int) -> int:
+    """Kill random ranks of a job; returns how many died while a checkpoint was written."""
+    rng, steps = random.Random(seed), STEPS_PER_KILL * kills
+    whole = Job(job_values(files, out / "whole", steps), 2)
+    jobs.append(whole)
+    assert whole.end() == 0, whole.log[-3000:]
+    job = Job(job_values(files, out / "killed", steps), 2, max_restarts=kills, worker=SLOW)
+    jobs.append(job)
+    while_saving = 0
+    for number in range(kills):
+        pids = job.rank_pids()
+        wait_for_moment(job, MOMENTS[number % len(MOMENTS)], rng, job.log.count("steps of 128 tokens"))
+        victim = rng.choice(pids)
+        os.kill(victim, signal.SIGKILL)
+        log = job.log
+        while_saving += is_saving(log[log.rfind("steps of 128 tokens") :]) if "steps of 128 tokens" in log else 0
+        job.wait_for(lambda pids=pids: not any(psutil.pid_exists(pid) for pid in pids))
+    status = job.end()
+    assert status == 0, job.log[-5000:]
+    assert_same_run(out / "killed", out / "whole", steps)
+    return while_saving
+
+
+def seed_of(name: str) -> int:
+    """The seed to repeat a run of kills with, which is printed."""
+    seed = int(os.environ.get("MEGAKD_SEED", time.time_ns() % 2**32))
+    print(f"{name}: MEGAKD_SEED={seed}")
+    return seed
+
+
+def test_kills_at_random_moments(files: Path, tmp_path: Path, jobs: list[Job]) -> None:
+    while_saving = kill_many(files, tmp_path, jobs, KILLS, seed_of("kills"))
+    print(f"{KILLS} kills, {while_saving} while a checkpoint was written")
+    assert 3 * while_saving >= KILLS - 1
+
+
+@pytest.mark.slow
+def test_two_hundred_kills_at_random_moments(files: Path, tmp_path: Path, jobs: list[Job]) -> None:
+    while_saving = kill_many(files, tmp_path, jobs, MANY_KILLS, seed_of("kills"))
+    print(f"{MANY_KILLS} kills, {while_saving} while a checkpoint was written")
+    assert 3 * while_saving >= MANY_KILLS - 3
+
+
+@pytest.fixture(scope="module")
+def whole(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 40 steps that nothing disturbed."""
+    out = tmp_path_factory.mktemp("whole")
+    job = Job(job_values(files, out, 40), 2)
+    assert job.end() == 0, job.log[-3000:]
+    return out
+
+
+def test_without_restarts_a_killed_rank_ends_the_job_soon_with_the_reason(
+    files: Path, whole: Path, tmp_path: Path, jobs: list[Job]
+) -> None:
+    jobs.append(Job(job_values(files, tmp_path, 40), 2, worker=SLOW))
+    jobs[0].wait_for_step(12)
+    os.kill(jobs[0].rank_pids()[1], signal.SIGKILL)
+    killed = time.monotonic()
+    assert jobs[0].end() == 1
+    assert time.monotonic() - killed < 60
+    assert jobs[0].log.splitlines()[-1].startswith("error: rank ")
+    assert "was killed by SIGKILL" in jobs[0].log.splitlines()[-1]
+    # The same command goes on.
+    jobs.append(Job(job_values(files, tmp_path, 40), 2))
+    assert jobs[1].end() == 0, jobs[1].log[-3000:]
+    assert "resumed from" in jobs[1].log
+    assert_same_run(tmp_path, whole, 40)
+
+
+@pytest.mark.parametrize("victim", ["torchrun", "launcher"])
+def test_ranks_do_not_outlive_torchrun_or_the_launcher(
+    files: Path, whole: Path, tmp_path: Path, jobs: list[Job], victim: str
+) -> None:
+    jobs.append(Job(job_values(files, tmp_path, 40), 2, max_restarts=3, worker=SLOW))
+    jobs[0].wait_for_step(12)
+    agent, ranks = jobs[0].agent().pid, jobs[0].rank_pids()
+    os.kill(agent if victim == "torchrun" else jobs[0].process.pid, signal.SIGKILL)
+    killed = time.monotonic()
+    while any(psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in ranks):
+        assert time.monotonic() - killed < 60
+        time.sleep(0.01)
+    status = jobs[0].end()
+    if victim == "torchrun":
+        assert status == 1
+        assert jobs[0].log.splitlines()[-1] == "error: torchrun was killed by SIGKILL; all ranks were ended"
+    jobs.append(Job(job_values(files, tmp_path, 40), 2))
+    assert jobs[1].end() == 0, jobs[1].log[-3000:]
+    assert_same_run(tmp_path, whole, 40)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_and_asks_to_be_gone_on_with(
+    files: Path, whole: Path, tmp_path: Path, jobs: list[Job], number: signal.Signals
+) -> None:
+    jobs.append(Job(job_values(files, tmp_path, 40, checkpoint__save_interval=1000), 2, max_restarts=3))
+    jobs[0].wait_for_step(7)
+    jobs[0].process.send_signal(number)
+    assert jobs[0].end() == 75, jobs[0].log[-3000:]
+    last = jobs[0].log.splitlines()[-1]
+    assert last == f"stopped by {number.name} after a checkpoint; the same command goes on from it"
+    steps = len(records(tmp_path))
+    assert 7 <= steps < 40
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [f"step-{steps:08d}"]
+    jobs.append(Job(job_values(files, tmp_path, 40), 2))
+    assert jobs[1].end() == 0, jobs[1].log[-3000:]
+    assert_same_run(tmp_path, whole, 40)
+
+
+def test_a_signal_before_the_first_step_is_heard(files: Path, tmp_path: Path, jobs: list[Job]) -> None:
+    jobs.append(Job(job_values(files, tmp_path, 40), 2))
+    jobs[0].rank_pids()
+    jobs[0].process.send_signal(signal.SIGUSR1)
+    assert jobs[0].end() == 75, jobs[0].log[-3000:]
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    shutil.rmtree(tmp_path / "run")
