@@ -48,6 +48,9 @@ from megakd.torch_dist.reading import COMMON_FILE, METADATA_FILE
 # again and outlives a rank that is killed. It is not used here.
 filesystem_async._results_queue = queue.Queue()
 
+# One for the process: what a run that failed had begun to write is over before the next run writes there.
+_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="megakd-checkpoint")
+
 _Item = tuple[WriteItem, io.BytesIO | Tensor]
 
 
@@ -87,7 +90,6 @@ class CheckpointWriter:
     """Writes one checkpoint after another into folders that exist. All calls but `is_written` are collective."""
 
     def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="megakd-checkpoint")
         self._copies: dict[tuple[Any, ...], Tensor] = {}
         self._save: _Save | None = None
 
@@ -124,7 +126,7 @@ class CheckpointWriter:
         items = planned.items if waits else [(item, self._copied(item, data)) for item, data in planned.items]
         if not waits and torch.cuda.is_available():
             torch.cuda.synchronize()
-        writing = self._thread.submit(_write, folder, f"{planned.prefix}0.distcp", items, files)
+        writing = _thread.submit(_write, folder, f"{planned.prefix}0.distcp", items, files)
         self._save = _Save(folder, planned, metadata, record, random_states, writing)
 
     def finish(self) -> str | None:

@@ -292,6 +292,10 @@ class Run:
     def _save(self, *, waits: bool = False) -> None:
         self.watchdog.enter("saving a checkpoint")
         counters = self._counters
+        if counters.skipped_steps == counters.step:
+            # Adam has no state yet, which loading would look for.
+            log.info(f"no checkpoint after step {counters.step}: all steps were skipped, and nothing has changed")
+            return
         # Records of steps that a checkpoint has must not be lost when a machine is.
         self._metrics.sync()
         record = Record(

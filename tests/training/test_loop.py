@@ -17,7 +17,6 @@ SHARDED = {
     "optimizer__overlap_param_gather": True,
 }  # fmt: skip
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
-    "tp2_pp2": (4, layout(2, 2)),
     "dp2_bf16_overlapped": (2, layout(**SHARDED)),
 }
 STEPS = 6
