@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 import torch.distributed as dist
@@ -67,6 +68,13 @@ def run_distill(values: dict[str, Any], accept_changes: bool = False) -> str | N
     from megakd.training.loop import distill
 
     return distill(config_from_dict(values), accept_changes=accept_changes).interrupted
+
+
+def run_and_listen(values: dict[str, Any], accept_changes: bool = False) -> str:
+    """Train; what this rank logged."""
+    with redirect_stdout(io.StringIO()) as text:
+        run_distill(values, accept_changes)
+    return text.getvalue()
 
 
 def run_until_killed(values: dict[str, Any], step: int) -> None:
