@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import subprocess
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -44,3 +46,24 @@ def log_messages(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     log.setLevel(logging.INFO)
     yield handler.messages
     log.setLevel(level)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """`small_disk("900k")`: a file system of that size, and another size when called again."""
+    mounted = False
+
+    def sized(size: str) -> Path:
+        nonlocal mounted
+        options = f"{'remount,' if mounted else ''}size={size}"
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(tmp_path)]
+        try:
+            subprocess.run(command, check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError):
+            pytest.skip("mounting needs root")
+        mounted = True
+        return tmp_path
+
+    yield sized
+    if mounted:
+        subprocess.run(["umount", str(tmp_path)], check=True)

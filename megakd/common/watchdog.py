@@ -9,7 +9,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -75,7 +75,6 @@ class Watchdog:
         self._step, self._phase, self._progress = 0, "starting", 0
         self._beat = time.monotonic()
         self._closed = threading.Event()
-        self._end: Callable[[int], object] = os._exit
         hang_file(folder, rank).unlink(missing_ok=True)
         if timeout_seconds is not None:
             threading.Thread(target=self._watch, name="megakd-watchdog", daemon=True).start()
@@ -107,7 +106,7 @@ class Watchdog:
             if seconds > self._timeout:
                 self._tell(seconds)
                 if not self._closed.wait(GRACE_SECONDS):
-                    self._end(HANG_STATUS)
+                    os._exit(HANG_STATUS)
                 return
 
     def _tell(self, seconds: float) -> None:

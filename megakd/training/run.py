@@ -296,6 +296,7 @@ class Run:
             # Adam has no state yet, which loading would look for.
             log.info(f"no checkpoint after step {counters.step}: all steps were skipped, and nothing has changed")
             return
+        self._heed(self._checkpoints.finish())
         # Records of steps that a checkpoint has must not be lost when a machine is.
         self._metrics.sync()
         record = Record(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -124,18 +124,6 @@ def test_a_step_can_be_written_again(files: Path, tmp_path: Path, run_ranks: Cal
     assert run_ranks(2, save_over, run_values(files), tmp_path) == [[{"mark": 2}, ["step-00000002"]]] * 2
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system with room for one checkpoint."""
-    command = ["mount", "-t", "tmpfs", "-o", "size=900k", "tmpfs", str(tmp_path)]
-    try:
-        subprocess.run(command, check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("mounting needs root")
-    yield tmp_path
-    subprocess.run(["umount", str(tmp_path)], check=True)
-
-
 def fill(values: dict[str, Any], folder: Path, in_background: bool) -> list[Any]:
     """Save until the disk is full, and once more; then with room again."""
     run = build(values)
@@ -157,9 +145,9 @@ def fill(values: dict[str, Any], folder: Path, in_background: bool) -> list[Any]
 
 @pytest.mark.parametrize("in_background", [False, True])
 def test_a_full_disk_is_told_and_costs_no_earlier_checkpoint(
-    files: Path, small_disk: Path, in_background: bool, run_ranks: Callable[..., list[Any]]
+    files: Path, small_disk: Callable[[str], Path], in_background: bool, run_ranks: Callable[..., list[Any]]
 ) -> None:
-    for found in run_ranks(2, fill, run_values(files), small_disk / "checkpoints", in_background):
+    for found in run_ranks(2, fill, run_values(files), small_disk("900k") / "checkpoints", in_background):
         (first, *full, last), left, mark, mark_then = found
         assert first is None and last is None
         assert len(full) == 2 and all("rank" in line and "No space left on device" in line for line in full)

@@ -6,8 +6,7 @@ import os
 import resource
 import shutil
 import signal
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -40,38 +39,26 @@ def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(OutputFolder, "check_space", lambda *args: None)
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 2 MiB."""
-    command = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(tmp_path)]
-    try:
-        subprocess.run(command, check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("mounting needs root")
-    yield tmp_path
-    subprocess.run(["umount", str(tmp_path)], check=True)
-
-
 @pytest.mark.parametrize("command", CONVERSIONS)
 def test_a_disk_that_fills_at_any_place_leaves_nothing(
-    sources: Path, small_disk: Path, command: str, unchecked: None
+    sources: Path, small_disk: Callable[[str], Path], command: str, unchecked: None
 ) -> None:
-    written = 0
+    written, disk = 0, small_disk("2m")
     # In small steps where the last files go.
     tries = [*range(0, 144, 24), *range(144, 240, 6)]
     for pages in tries:
-        free = os.statvfs(small_disk).f_bfree
-        (small_disk / "ballast").write_bytes(bytes((free - pages) * resource.getpagesize()))
+        free = os.statvfs(disk).f_bfree
+        (disk / "ballast").write_bytes(bytes((free - pages) * resource.getpagesize()))
         try:
-            CONVERSIONS[command](sources, small_disk / "new" / "out")
+            CONVERSIONS[command](sources, disk / "new" / "out")
         except UserError as error:
-            told = f"{small_disk}/new/out could not be written: No space left on device. Make room, or name a path "
+            told = f"{disk}/new/out could not be written: No space left on device. Make room, or name a path "
             assert str(error) == told + "that can be written."
         else:
             written += 1
-            shutil.rmtree(small_disk / "new")
-        (small_disk / "ballast").unlink()
-        assert not list(small_disk.iterdir())
+            shutil.rmtree(disk / "new")
+        (disk / "ballast").unlink()
+        assert not list(disk.iterdir())
     assert 0 < written < len(tries) - 6
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -49,37 +48,27 @@ def test_figures_that_json_has_no_word_for_are_null(tmp_path: Path) -> None:
     assert found == {"step": 1, "a": None, "b": None, "c": 0.1, "d": None, "e": "text"}
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of three pages."""
-    command = ["mount", "-t", "tmpfs", "-o", "size=12k", "tmpfs", str(tmp_path)]
-    try:
-        subprocess.run(command, check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("mounting needs root")
-    yield tmp_path
-    subprocess.run(["umount", str(tmp_path)], check=True)
-
-
-def test_lines_wait_while_the_disk_is_full(small_disk: Path, log_messages: list[str]) -> None:
-    file = LineFile(small_disk / "lines", 0)
-    (small_disk / "ballast").write_bytes(b"x" * 4096)
+def test_lines_wait_while_the_disk_is_full(small_disk: Callable[[str], Path], log_messages: list[str]) -> None:
+    disk = small_disk("12k")
+    file = LineFile(disk / "lines", 0)
+    (disk / "ballast").write_bytes(b"x" * 4096)
     text = "x" * 1000
     for step in range(1, 16):
         file.append({"step": step, "text": text})
-    lost = steps(small_disk / "lines")
+    lost = steps(disk / "lines")
     assert 0 < len(lost) < 15 and lost == list(range(1, len(lost) + 1))
     assert len(log_messages) == 1 and "cannot be written (No space left on device)" in log_messages[0]
-    (small_disk / "ballast").unlink()
-    subprocess.run(["mount", "-o", "remount,size=64k", str(small_disk)], check=True)
+    (disk / "ballast").unlink()
+    small_disk("64k")
     file.append({"step": 16, "text": text})
     file.sync()
-    assert steps(small_disk / "lines") == list(range(1, 17))
+    assert steps(disk / "lines") == list(range(1, 17))
     file.close()
 
 
-def test_lines_that_never_found_room_are_told(small_disk: Path, log_messages: list[str]) -> None:
-    file = LineFile(small_disk / "lines", 0)
+def test_lines_that_never_found_room_are_told(small_disk: Callable[[str], Path], log_messages: list[str]) -> None:
+    disk = small_disk("12k")
+    file = LineFile(disk / "lines", 0)
     for step in range(1, 16):
         file.append({"step": step, "text": "x" * 1000})
     file.close()
