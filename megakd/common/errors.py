@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class UserError(ValueError):
@@ -11,6 +12,15 @@ class UserError(ValueError):
 
     The command line prints the line without a traceback and exits with status 2.
     """
+
+
+@contextmanager
+def naming(key: str) -> Iterator[None]:
+    """Inside, a UserError about what a setting leads to (a file, a model) begins with the setting's key."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from error
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str:

@@ -554,10 +554,14 @@ def _ranks_per_replica(parallel: ParallelSection) -> int:
 
 
 def _replica(parallel: ParallelSection) -> str:
-    return (
-        f"tensor {parallel.tensor_model_parallel_size} x pipeline {parallel.pipeline_model_parallel_size} x "
-        f"context {parallel.context_parallel_size}"
-    )
+    """Its ranks as a product of settings; a size of 1 that need not be said is not."""
+    sizes = {
+        "tensor_model": parallel.tensor_model_parallel_size,
+        "pipeline_model": parallel.pipeline_model_parallel_size,
+    }
+    if parallel.context_parallel_size > 1:
+        sizes["context"] = parallel.context_parallel_size
+    return " x ".join(f"{name}_parallel_size {size}" for name, size in sizes.items())
 
 
 def _neighbours(value: int, step: int) -> str:

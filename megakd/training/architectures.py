@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megakd.cache.folder import TEACHER
-from megakd.common.errors import UserError
+from megakd.common.errors import UserError, naming
 from megakd.config.architecture import GPTArchitecture
 from megakd.config.schema import Config
 from megakd.convert.hf_config import architecture_from_hf
@@ -22,7 +22,8 @@ def teacher_architecture(config: Config) -> GPTArchitecture:
     """The teacher's shape, from its folder's config.json."""
     folder = teacher_folder(config)
     assert folder is not None
-    return architecture_from_hf(folder)
+    with naming("teacher.path"):
+        return architecture_from_hf(folder)
 
 
 def student_architecture(config: Config) -> GPTArchitecture:
@@ -34,7 +35,8 @@ def student_architecture(config: Config) -> GPTArchitecture:
     if config.student.architecture is not None:
         return config.student.architecture
     assert config.student.init is not None
-    source = architecture_from_hf(config.student.init.path)
+    with naming("student.init.path"):
+        source = architecture_from_hf(config.student.init.path)
     layers = config.student.init.layers
     if layers is None:
         return source

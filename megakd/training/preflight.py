@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megakd.cache.reader import CacheReader
 from megakd.checkpoint.record import newest_record
-from megakd.common.errors import UserError
+from megakd.common.errors import UserError, naming
 from megakd.common.logging import log
 from megakd.config.checks import check_architecture, check_cache_config, check_config
 from megakd.config.schema import Config
@@ -81,7 +81,9 @@ def check_models(config: Config) -> None:
         "student", student_architecture(config), parallel, length, has_stage_split=True, divisible_by=divisible_by
     )
     if config.student.init is not None:
-        check_weights(config.student.init.path, student_architecture(config), config.student.init.layers)
+        student = student_architecture(config)
+        with naming("student.init.path"):
+            check_weights(config.student.init.path, student, config.student.init.layers)
     if config.teacher is not None and config.teacher.source == "online":
         check_teacher_model(config)
 
@@ -95,7 +97,8 @@ def check_teacher_model(config: Config) -> None:
     assert config.teacher is not None
     teacher = teacher_architecture(config)
     check_architecture("teacher", teacher, config.parallel, config.data.sequence_length, has_stage_split=False)
-    check_weights(config.teacher.path, teacher)
+    with naming("teacher.path"):
+        check_weights(config.teacher.path, teacher)
 
 
 def _check_data(config: Config) -> None:

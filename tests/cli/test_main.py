@@ -48,7 +48,9 @@ def test_options_may_stand_between_file_and_overrides(
     )
     printed = capsys.readouterr()
     if "--world-size" in order:
-        assert printed.err.startswith("error: the run has 6 ranks; there must be a multiple of tensor 4 x ")
+        assert printed.err.startswith(
+            "error: the run has 6 ranks; there must be a multiple of tensor_model_parallel_size 4 x "
+        )
     else:
         assert "seed: 7" in printed.out
 

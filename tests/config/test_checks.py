@@ -125,13 +125,14 @@ REFUSED: list[tuple[str, dict[str, Any], tuple[int, ...], str]] = [
     ("micro_batches", {"data__micro_batch_size": 3}, (),
      "data.global_batch_size is 16; it must be a multiple of data.micro_batch_size, 3. Use 15 or 18, or another "),
     ("world_size", {TP: 2, PP: 2}, (6,),
-     "the run has 6 ranks; there must be a multiple of tensor 2 x pipeline 2 x context 1 = 4, the ranks of one model "
-     "replica. Start 4 or 8 ranks, or change the parallel section."),
-    ("world_size", {TP: 2, PP: 2}, (2,), "the run has 2 ranks; there must be a multiple of tensor 2 x pipeline 2 x "
-     "context 1 = 4, the ranks of one model replica. Start 4 ranks, or"),
+     "the run has 6 ranks; there must be a multiple of tensor_model_parallel_size 2 x pipeline_model_parallel_size 2 "
+     "= 4, the ranks of one model replica. Start 4 or 8 ranks, or change the parallel section."),
+    ("world_size", {TP: 2, PP: 2}, (2,), "the run has 2 ranks; there must be a multiple of "
+     "tensor_model_parallel_size 2 x pipeline_model_parallel_size 2 = 4, the ranks of one model replica. "
+     "Start 4 ranks, or"),
     ("global_batch", {TP: 2}, (6,),
      "data.global_batch_size is 16; it must be a multiple of data.micro_batch_size 2 x data-parallel size 3 = 6 "
-     "(6 ranks / (tensor 2 x pipeline 1 x context 1)). Use 12 or 18."),
+     "(6 ranks / (tensor_model_parallel_size 2 x pipeline_model_parallel_size 1)). Use 12 or 18."),
 ]  # fmt: skip
 
 ACCEPTED: list[tuple[str, dict[str, Any], tuple[int, ...]]] = [
@@ -225,7 +226,7 @@ def test_every_rule_is_tested_both_ways() -> None:
         ({"teacher": {"path": "x", "source": "cache"}}, "teacher.source is cache; a cache is written from a teacher."),
         ({"distill__loss": "tvd"}, "a cache is to be written and distill.loss is tvd; only forward_kl can be had"),
         ({"cache": {"k": 3}}, "cache.k is 3 and has no effect on cache.mode sampled."),
-        ({TP: 3}, "the run has 4 ranks; there must be a multiple of tensor 3"),
+        ({TP: 3}, "the run has 4 ranks; there must be a multiple of tensor_model_parallel_size 3"),
     ],
 )
 def test_a_cache_that_cannot_be_written(changes: dict[str, Any], line: str) -> None:
