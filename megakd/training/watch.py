@@ -45,8 +45,9 @@ class Best:
     since: int = 0
 
     def take(self, step: int, value: float, *, larger_is_better: bool) -> bool:
-        """Take in an evaluation; whether it is the best."""
-        better = self.value is None or (value > self.value if larger_is_better else value < self.value)
+        """Take in an evaluation; whether it is the best. What is not a number never is."""
+        first = self.value is None and not math.isnan(value)
+        better = first or (self.value is not None and (value > self.value if larger_is_better else value < self.value))
         if better:
             self.value, self.step, self.since = value, step, 0
         else:

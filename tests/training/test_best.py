@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,11 @@ def test_equal_values_are_not_better() -> None:
     assert [best.take(step, 1.0, larger_is_better=False) for step in (1, 2, 3)] == [True, False, False]
     assert (best.step, best.since) == (1, 2)
     assert not best.take(4, float("nan"), larger_is_better=False)
+    first = Best()
+    assert [first.take(step, value, larger_is_better=False) for step, value in enumerate((math.nan, 2.0))] == [
+        False,
+        True,
+    ]
 
 
 def test_a_spike_is_far_above_the_recent_mean() -> None:

@@ -19,7 +19,7 @@ def hung(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("HANG", request.param)
     values = run_values(
         write_run_files(tmp_path), **layout(2), schedule__train_steps=1000, checkpoint__save_interval=5,
-        safeguards__hang_timeout_seconds=8.0,
+        safeguards__hang_timeout_seconds=20.0,
     )  # fmt: skip
     job = Job(values, 2, max_restarts=3, worker="tests.training.hanging_worker")
     try:

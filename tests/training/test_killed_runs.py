@@ -63,7 +63,7 @@ def wait_for_moment(job: Job, moment: str, rng: random.Random, lives: int) -> No
     job.wait_for(lambda: job.log.count("steps of 128 tokens") >= lives)
     if moment == "saving":
         job.wait_for(lambda: is_saving(job.log[job.log.rfind("steps of 128 tokens") :]))
-        time.sleep(rng.uniform(0, 0.3))
+        time.sleep(rng.uniform(0, 0.2))
     else:
         time.sleep(rng.uniform(0, 2))
 

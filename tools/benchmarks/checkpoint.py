@@ -35,7 +35,7 @@ def main() -> None:
     hidden = arguments.hidden
     architecture = GPTArchitecture(
         num_layers=arguments.layers, hidden_size=hidden, ffn_hidden_size=4 * hidden, vocab_size=8192,
-        num_attention_heads=hidden // 64, max_position_embeddings=256,
+        num_attention_heads=hidden // 64, num_query_groups=hidden // 64, kv_channels=64, max_position_embeddings=256,
     )  # fmt: skip
     pair = build_pair(architecture, architecture, torch.float32)
     batches = random_batches(8192, 128, 2)
