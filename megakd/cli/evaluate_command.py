@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 
+from megakd.cli.rank_options import add_rank_options
+
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Declare the command."""
     parser = subparsers.add_parser("evaluate", help="score a run's newest checkpoint on its held-out data")
-    parser.add_argument("config", help="YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
-    parser.add_argument("--nproc-per-node", type=int, default=None, help="ranks to start (default: GPUs, or TP x PP)")
+    add_rank_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import argparse
 
+from megakd.cli.rank_options import add_rank_options, load_for_ranks
 from megakd.common.errors import UserError
-from megakd.config.load import load_config
-from megakd.config.schema import Config, ParallelSection
 from megakd.launch.launcher import run_action
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Declare the command."""
     parser = subparsers.add_parser("train", help="distil a student as a configuration says")
-    parser.add_argument("config", help="YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
-    parser.add_argument("--nproc-per-node", type=int, default=None, help="ranks to start (default: GPUs, or TP x PP)")
+    add_rank_options(parser)
     parser.add_argument("--max-restarts", type=int, default=0, help="times the ranks start again after a failure")
     parser.add_argument(
         "--accept-changes",
@@ -42,34 +39,10 @@ def run_configuration(
     Raises:
         UserError: the configuration, a file it names or the number of ranks cannot be used; no rank has started.
     """
-    config, world_size = load_for_ranks(args)
+    config, world_size, nodes = load_for_ranks(args)
 
     from megakd.training.preflight import preflight
 
     preflight(config, world_size, accept_changes=accept_changes)
     flags = ["accept-changes"] if action == "train" and accept_changes else []
-    return run_action(action, config, world_size, flags=flags, max_restarts=max_restarts)
-
-
-def load_for_ranks(args: argparse.Namespace) -> tuple[Config, int]:
-    """The configuration `args.config` with `args.overrides`, and on how many ranks it runs.
-
-    Raises:
-        UserError: the configuration or the number of ranks cannot be used.
-    """
-    if args.nproc_per_node is not None and args.nproc_per_node < 1:
-        raise UserError(f"--nproc-per-node is {args.nproc_per_node}; it must be at least 1.")
-    config = load_config(args.config, args.overrides)
-    return config, choose_world_size(config.parallel, args.nproc_per_node)
-
-
-def choose_world_size(parallel: ParallelSection, nproc_per_node: int | None) -> int:
-    """`nproc_per_node` where given, else one rank per GPU, else on CPU the ranks that one model replica needs."""
-    if nproc_per_node is not None:
-        return nproc_per_node
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.device_count()
-    model_ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-    return model_ranks * parallel.context_parallel_size
+    return run_action(action, config, world_size, flags=flags, max_restarts=max_restarts, nodes=nodes)

@@ -9,12 +9,13 @@ import signal
 import sys
 from pathlib import Path
 
-from megakd.launch.failures import AGENT_LOG, RankExit, save_rank_exits
+from megakd.launch.failures import AGENT_LOG, AGENT_RECORD, RankExit, save_rank_exits
+from megakd.launch.nodes import Nodes
 from megakd.launch.processes import RANK_MODULE, adopted_orphans, die_with_parent
 
 
 def main(argv: list[str]) -> int:
-    """Run `argv` = (JSON of launcher_pid, log_dir, scratch_dir, nproc_per_node, max_restarts; module; arguments)."""
+    """Run `argv` = (JSON of the launcher's options, module, its arguments)."""
     options = json.loads(argv[0])
     # Not SIGKILL: torchrun must live on to end the ranks and what they started.
     die_with_parent(options["launcher_pid"], signal.SIGTERM)
@@ -28,12 +29,11 @@ def main(argv: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
-    log_dir = Path(options["log_dir"])
-    _log_to_file(log_dir / AGENT_LOG)
+    log_dir, nodes = Path(options["log_dir"]), Nodes(**options["nodes"])
+    _log_to_file(log_dir / nodes.file(AGENT_LOG))
     rank_options = json.dumps({"agent_pid": os.getpid(), "log_dir": str(log_dir)})
     arguments = [
-        "--standalone",
-        "--local-addr=127.0.0.1",
+        *nodes.torchrun_arguments(),
         f"--nproc-per-node={options['nproc_per_node']}",
         f"--max-restarts={options['max_restarts']}",
         f"--log-dir={options['scratch_dir']}",
@@ -48,7 +48,8 @@ def main(argv: list[str]) -> int:
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
                 signal.signal(number, signal.SIG_IGN)
     except ChildFailedError as error:
-        save_rank_exits(log_dir, [RankExit(rank, f.timestamp, f.exitcode) for rank, f in error.failures.items()])
+        exits = [RankExit(rank, f.timestamp, f.exitcode) for rank, f in error.failures.items()]
+        save_rank_exits(log_dir / nodes.file(AGENT_RECORD), exits)
         return 1
     except SignalException as error:
         return 128 + int(error.sigval)

@@ -65,19 +65,21 @@ def load_interruption(log_dir: Path) -> str | None:
     return min(reasons, key=lambda reason: "another rank" in reason, default=None)
 
 
-def save_rank_exits(log_dir: Path, exits: list[RankExit]) -> None:
-    """Write what torchrun saw."""
-    _write_whole(log_dir / AGENT_RECORD, json.dumps([asdict(e) for e in exits]))
+def save_rank_exits(path: Path, exits: list[RankExit]) -> None:
+    """Write what a node's torchrun saw."""
+    _write_whole(path, json.dumps([asdict(e) for e in exits]))
 
 
 def clear_records(log_dir: Path) -> None:
-    """Remove what an earlier job left."""
-    patterns = ("rank-*.error", "rank-*.hang", "rank-*.interrupted")
-    for path in [
-        *(found for pattern in patterns for found in log_dir.glob(pattern)),
-        log_dir / AGENT_RECORD,
-        log_dir / AGENT_LOG,
-    ]:
+    """Remove what an earlier job left; the first node does it, before any rank can have started."""
+    patterns = (
+        "rank-*.error",
+        "rank-*.hang",
+        "rank-*.interrupted",
+        _of_all_nodes(AGENT_RECORD),
+        _of_all_nodes(AGENT_LOG),
+    )
+    for path in [found for pattern in patterns for found in log_dir.glob(pattern)]:
         path.unlink(missing_ok=True)
 
 
@@ -89,8 +91,8 @@ def load_rank_errors(log_dir: Path) -> list[RankError]:
 
 def load_rank_exits(log_dir: Path) -> list[RankExit]:
     """The ranks' exits, without those that torchrun brought about later."""
-    path = log_dir / AGENT_RECORD
-    exits = [RankExit(**entry) for entry in json.loads(path.read_text())] if path.exists() else []
+    records = [json.loads(path.read_text()) for path in log_dir.glob(_of_all_nodes(AGENT_RECORD))]
+    exits = [RankExit(**entry) for entries in records for entry in entries]
     first = min((e.time for e in exits), default=0.0)
     return [e for e in exits if e.time <= first + _SAME_MOMENT_SECONDS]
 
@@ -111,6 +113,11 @@ def first_failure(errors: list[RankError], exits: list[RankExit]) -> RankError |
         return errors[0]
     others = [e for e in exits if e.exitcode != -signal.SIGTERM]
     return next(iter(others or exits), None)
+
+
+def _of_all_nodes(name: str) -> str:
+    """A pattern for the files that nodes.Nodes.file names after it."""
+    return name.replace(".", "*.", 1)
 
 
 def _write_whole(path: Path, text: str) -> None:

@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 from megakd.common.launch_time import LAUNCHED_AT
@@ -27,21 +28,30 @@ from megakd.launch.failures import (
     load_rank_errors,
     load_rank_exits,
 )
-from megakd.launch.processes import adopted_orphans, signal_ranks
+from megakd.launch.nodes import ALONE, Nodes, NodeWatch
+from megakd.launch.processes import adopted_orphans, rank_processes, signal_ranks
 
 _RECORDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 # Slurm's warning and a preemption: what can save does, and ends so that the same command goes on.
 _SAVING = (signal.SIGTERM, signal.SIGUSR1)
 _SAVE_AGAIN_SECONDS = 2.0
 _POLL_SECONDS = 0.2
+# What befell another node ends this one's ranks too, mostly by itself.
+_GONE_SECONDS = 5.0
 # torchrun itself gives ranks 30 s to end after a signal.
 _GRACE_SECONDS = 40.0
 
 
 def run_action(
-    action: str, config: Config, world_size: int, *, flags: Sequence[str] = (), max_restarts: int = 0
+    action: str,
+    config: Config,
+    world_size: int,
+    *,
+    flags: Sequence[str] = (),
+    max_restarts: int = 0,
+    nodes: Nodes = ALONE,
 ) -> int:
-    """Write the resolved configuration, run an action of `megakd.launch.worker` on every rank.
+    """Write the resolved configuration, run an action of `megakd.launch.worker` on this node's share of the ranks.
 
     The run's config.yaml is what it was trained with; other actions write theirs beside the logs. Returns the exit
     status, see `launch_ranks`.
@@ -53,11 +63,18 @@ def run_action(
     partial.write_text(dump_config(config), encoding="utf-8")
     os.replace(partial, path)
     command = ["megakd.launch.worker", action, str(path), *flags]
-    return launch_ranks(command, world_size, folder / "logs", max_restarts, saves=action == "train")
+    nproc_per_node = world_size // nodes.count
+    return launch_ranks(command, nproc_per_node, folder / "logs", max_restarts, saves=action == "train", nodes=nodes)
 
 
 def launch_ranks(
-    command: list[str], nproc_per_node: int, log_dir: Path | str, max_restarts: int = 0, *, saves: bool = False
+    command: list[str],
+    nproc_per_node: int,
+    log_dir: Path | str,
+    max_restarts: int = 0,
+    *,
+    saves: bool = False,
+    nodes: Nodes = ALONE,
 ) -> int:
     """Run `command` = (module, arguments) on every rank under torchrun and return the status to exit with.
 
@@ -67,10 +84,15 @@ def launch_ranks(
     error names the failure the others followed from. No process of the job is left when this returns, nor soon after
     this process is killed. Other signals are forwarded to the ranks; a second one kills them. Call it from the main
     thread. `log_dir` receives torchrun's log and one file per failed rank.
+
+    Of several nodes each calls this, with a `log_dir` that all share; one that ends or falls silent ends the others.
     """
     log_dir = Path(log_dir).resolve()
     log_dir.mkdir(parents=True, exist_ok=True)
-    clear_records(log_dir)
+    environment = _environment(nproc_per_node, nodes)
+    if nodes.rank == 0:
+        clear_records(log_dir)
+    watch = NodeWatch(log_dir, nodes)
     with tempfile.TemporaryDirectory(prefix="megakd-") as scratch_dir, _recorded_signals() as received:
         options = {
             "launcher_pid": os.getpid(),
@@ -78,15 +100,22 @@ def launch_ranks(
             "scratch_dir": scratch_dir,
             "nproc_per_node": nproc_per_node,
             "max_restarts": max_restarts,
+            "nodes": asdict(nodes),
         }
         with adopted_orphans():
             agent = subprocess.Popen(
                 [sys.executable, "-m", "megakd.launch.agent", json.dumps(options), *command],
-                env=_environment(nproc_per_node),
+                env=environment,
                 start_new_session=True,
             )
-            _wait(agent, received, log_dir, saves)
+            _wait(agent, received, log_dir, saves, watch)
+            ended_by_itself = agent.poll() is not None
         status = agent.wait()
+    own_reason = _own_reason(status, received, ended_by_itself)
+    if status == 0:
+        watch.leave(None)
+    else:
+        watch.leave(own_reason or "its ranks have ended", is_cause=own_reason is not None)
     interruption = load_interruption(log_dir)
     if status == 0 and interruption is not None:
         reason = signal.Signals(received[0]).name if received else interruption
@@ -97,12 +126,21 @@ def launch_ranks(
     if received:
         print(f"stopped by {signal.Signals(received[0]).name}; all ranks have ended", file=sys.stderr)
         return 128 + received[0]
-    return 0 if status == 0 else _report_failure(status, log_dir, nproc_per_node)
+    return 0 if status == 0 else _report_failure(status, log_dir, nproc_per_node * nodes.count, own_reason, watch)
 
 
-def _environment(nproc_per_node: int) -> dict[str, str]:
+def _own_reason(status: int, received: list[int], ended_by_itself: bool) -> str | None:
+    """What befell this node, but for its ranks."""
+    if status != 0 and received:
+        return f"stopped by {signal.Signals(received[0]).name}"
+    if status < 0 and ended_by_itself:
+        return f"torchrun was killed by {signal.Signals(-status).name}; all ranks were ended"
+    return None
+
+
+def _environment(nproc_per_node: int, nodes: Nodes) -> dict[str, str]:
     """This process's environment, with threads shared out over the ranks and the same megakd importable."""
-    environment = dict(os.environ)
+    environment = {**nodes.environment(), **os.environ}
     cores = len(os.sched_getaffinity(0))
     environment[LAUNCHED_AT] = repr(time.time())
     environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // nproc_per_node)))
@@ -124,11 +162,13 @@ def _recorded_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _wait(agent: subprocess.Popen[bytes], received: list[int], log_dir: Path, saves: bool) -> None:
+def _wait(agent: subprocess.Popen[bytes], received: list[int], log_dir: Path, saves: bool, watch: NodeWatch) -> None:
     """Return when the agent has ended or should be killed; pass on the first signal."""
     deadline: float | None = None
     saving_since: float | None = None
     hanging_since: float | None = None
+    gone_since: float | None = None
+    have_met = False
     while True:
         try:
             agent.wait(_POLL_SECONDS)
@@ -136,6 +176,7 @@ def _wait(agent: subprocess.Popen[bytes], received: list[int], log_dir: Path, sa
         except subprocess.TimeoutExpired:
             pass
         now = time.monotonic()
+        watch.beat()
         if len(received) > 1 or (deadline is not None and now > deadline):
             return
         if deadline is not None:
@@ -143,6 +184,10 @@ def _wait(agent: subprocess.Popen[bytes], received: list[int], log_dir: Path, sa
         hangs = load_hangs(log_dir)
         if hangs and hanging_since is None:
             hanging_since = now
+        # Before there are ranks, other nodes may not have come, and what is told of them may be an earlier job's.
+        have_met = have_met or (not watch.is_alone and bool(rank_processes(agent.pid)))
+        if have_met and gone_since is None and watch.gone() is not None:
+            gone_since = now
         if received and saves and received[0] in _SAVING:
             # Again and again: a rank that is only starting does not listen yet.
             if saving_since is None or now - saving_since > _SAVE_AGAIN_SECONDS:
@@ -160,10 +205,15 @@ def _wait(agent: subprocess.Popen[bytes], received: list[int], log_dir: Path, sa
             agent.terminate()
             signal_ranks(agent.pid, signal.SIGKILL)
             deadline = now + _GRACE_SECONDS
+        elif gone_since is not None and now - gone_since > _GONE_SECONDS:
+            # torchrun would wait for the node to come back.
+            agent.terminate()
+            deadline = now + _GRACE_SECONDS
 
 
-def _report_failure(status: int, log_dir: Path, world_size: int) -> int:
+def _report_failure(status: int, log_dir: Path, world_size: int, own_reason: str | None, watch: NodeWatch) -> int:
     """Print the failure the others followed from, its line last; return the exit status."""
+    gone = watch.wait_for_the_others()
     hangs = load_hangs(log_dir)
     if hangs:
         print(f"stacks of the ranks: {log_dir}/rank-*.hang", file=sys.stderr)
@@ -173,15 +223,19 @@ def _report_failure(status: int, log_dir: Path, world_size: int) -> int:
     if isinstance(failure, RankError) and failure.user_error:
         print(f"error: {failure.message}", file=sys.stderr)
         return 2
-    if isinstance(failure, RankError):
+    if own_reason is not None:
+        line = own_reason
+    elif gone is not None and gone.is_cause:
+        line = gone.line
+    elif isinstance(failure, RankError):
         print(failure.traceback, file=sys.stderr)
         line = f"rank {failure.rank}: {next(iter(failure.message.strip().splitlines()))}"
     elif failure is not None:
         line = str(failure)
-    elif status < 0:
-        line = f"torchrun was killed by {signal.Signals(-status).name}; all ranks were ended"
+    elif gone is not None:
+        line = gone.line
     else:
         line = f"torchrun ended with status {status} before any rank failed"
-    print(f"torchrun's log: {log_dir / AGENT_LOG}", file=sys.stderr)
+    print(f"torchrun's log: {log_dir / watch.nodes.file(AGENT_LOG)}", file=sys.stderr)
     print(f"error: {line}", file=sys.stderr)
     return 1

@@ -2,44 +2,47 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from megakd.config.load import config_from_dict, dump_config
+from megakd.launch.nodes import ALONE, Nodes
 from megakd.launch.processes import rank_processes
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = (
-    "import sys; from megakd.launch.launcher import launch_ranks; "
+    "import json, sys; from megakd.launch.launcher import launch_ranks; from megakd.launch.nodes import Nodes; "
     "sys.exit(launch_ranks([sys.argv[1], 'train', sys.argv[2]], int(sys.argv[3]), sys.argv[4], int(sys.argv[5]), "
-    "saves=True))"
+    "saves=True, nodes=Nodes(**json.loads(sys.argv[6]))))"
 )
 TIMEOUT_SECONDS = 240.0
 
 
 class Job:
-    """A training job of `ranks` ranks; what it prints is in `log`."""
+    """A training job of `ranks` ranks, or a node of one with so many; what it prints is in `log`."""
 
     def __init__(self, values: dict[str, Any], ranks: int, *, max_restarts: int = 0,
-                 worker: str = "megakd.launch.worker") -> None:  # fmt: skip
+                 worker: str = "megakd.launch.worker", nodes: Nodes = ALONE) -> None:  # fmt: skip
         self.folder = Path(values["run"]["output_dir"])
         self.folder.mkdir(parents=True, exist_ok=True)
         self.ranks = ranks
-        config = self.folder / "job.yaml"
+        config = self.folder / nodes.file("job.yaml")
         config.write_text(dump_config(config_from_dict(values)))
-        self._log = self.folder / "job.log"
+        self._log = self.folder / nodes.file("job.log")
         self._start = self._log.stat().st_size if self._log.exists() else 0
         with self._log.open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", LAUNCH, worker, str(config), str(ranks), str(self.folder / "logs"),
-                 str(max_restarts)],
+                 str(max_restarts), json.dumps(asdict(nodes))],
                 cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=log, stderr=subprocess.STDOUT,
                 start_new_session=True,
             )  # fmt: skip

@@ -1,0 +1,70 @@
+"""How many ranks a command starts, on which nodes, and what is said of options that do not fit."""
+
+from __future__ import annotations
+
+import argparse
+import socket
+from typing import Any
+
+import pytest
+
+from megakd.cli import rank_options
+from megakd.cli.rank_options import add_rank_options, choose_nproc_per_node, load_for_ranks
+from megakd.common.errors import UserError
+from megakd.config.schema import ParallelSection
+from megakd.launch.nodes import Nodes
+from tests.config.examples import config
+
+
+@pytest.fixture
+def parsed(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`parsed("--nnodes 2")`: what a command makes of its options."""
+    monkeypatch.setattr(rank_options, "load_config", lambda path, overrides: config())
+    parser = argparse.ArgumentParser()
+    add_rank_options(parser)
+    return lambda options: load_for_ranks(parser.parse_args(["x.yaml", *options.split()]))[1:]
+
+
+def test_nodes_and_ranks(parsed: Any) -> None:
+    assert parsed("--nproc-per-node 4") == (4, Nodes())
+    assert parsed("--nproc-per-node 4 --nnodes 1 --node-rank 0") == (4, Nodes())
+    several = "--nproc-per-node 4 --nnodes 3 --node-rank 2 --rendezvous"
+    assert parsed(f"{several} localhost:1234") == (12, Nodes(3, 2, "localhost", 1234))
+    assert parsed(f"{several} 127.0.0.1") == (12, Nodes(3, 2, "127.0.0.1", 29400))
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ("--nproc-per-node 0", "--nproc-per-node is 0; it must be at least 1."),
+        ("--nnodes 0", "--nnodes is 0; it must be at least 1."),
+        ("--node-rank 1", "--node-rank is 1 and has no effect with --nnodes 1. Leave it out."),
+        ("--rendezvous a:1", "--rendezvous is a:1 and has no effect with --nnodes 1. Leave it out."),
+        ("--nnodes 2 --rendezvous a:1", "--node-rank is missing; with --nnodes 2 each node has its own, from 0 to 1."),
+        ("--nnodes 2 --node-rank 2", "--node-rank is 2; with --nnodes 2 each node has its own, from 0 to 1."),
+        ("--nnodes 2 --node-rank 0", "--rendezvous is missing; with several nodes it must be node 0's HOST or "),
+        ("--nnodes 2 --node-rank 0 --rendezvous a:b", "--rendezvous is a:b; with several nodes it must be "),
+        ("--nnodes 2 --node-rank 0 --rendezvous a:70000", "--rendezvous is a:70000; with several nodes it must be "),
+    ],
+)
+def test_options_that_do_not_fit(parsed: Any, options: str, line: str) -> None:
+    with pytest.raises(UserError) as caught:
+        parsed(options)
+    assert str(caught.value).startswith(line)
+
+
+def test_a_host_that_nobody_knows(parsed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(*_: object, **__: object) -> None:
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    with pytest.raises(UserError, match=r"--rendezvous is nowhere:29400; nowhere cannot be reached \(Name or service"):
+        parsed("--nnodes 2 --node-rank 0 --rendezvous nowhere")
+
+
+def test_a_replica_is_shared_out_over_the_nodes() -> None:
+    four = ParallelSection(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
+    assert [choose_nproc_per_node(four, None, nodes) for nodes in (1, 2, 4)] == [4, 2, 1]
+    for nodes in (3, 8):
+        with pytest.raises(UserError, match=f"--nnodes is {nodes}; the 4 ranks of one model replica do not divide"):
+            choose_nproc_per_node(four, None, nodes)
