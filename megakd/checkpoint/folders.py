@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 import shutil
-from collections.abc import Collection
+from collections.abc import Sequence
 from pathlib import Path
 
 _STEP_FOLDER = re.compile(r"step-(\d{8})")
@@ -46,11 +46,12 @@ def remove_remains(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def prune(folder: Path, keep_last: int | None, kept: Collection[int]) -> None:
-    """Remove all checkpoints but the newest `keep_last` (None: all) and those of the steps `kept`."""
-    steps = list(checkpoint_steps(folder).items())
-    for step, path in steps[:-keep_last] if keep_last is not None else ():
-        if step not in kept:
+def prune(folder: Path, keep_last: int | None, kept: Sequence[Sequence[int]]) -> None:
+    """Remove all checkpoints but the newest `keep_last` (None: all) and, of each in `kept`, the first that exists."""
+    steps = checkpoint_steps(folder)
+    spared = {next((step for step in choice if step in steps), None) for choice in kept}
+    for step, path in list(steps.items())[:-keep_last] if keep_last is not None else ():
+        if step not in spared:
             remove_checkpoint(path)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megakd._version import __version__
+from megakd.checkpoint.checksums import Damage, file_digest, read_checksums
 from megakd.checkpoint.folders import checkpoint_steps
 from megakd.common.durable import write_durably
 from megakd.common.errors import UserError
@@ -51,25 +52,26 @@ def read_record(folder: Path) -> Record:
     try:
         values = json.loads(path.read_bytes())
         found = (values["format"], values["version"])
+        if found == (FORMAT, VERSION):
+            return Record(*(values[name] for name in Record.__dataclass_fields__))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} cannot be read ({type(error).__name__}: {error}). Remove {folder}.") from error
-    if found != (FORMAT, VERSION):
-        raise UserError(
-            f"{folder} is a checkpoint of format {found[0]} version {found[1]}; this version of megakd reads {FORMAT} "
-            f"version {VERSION}. Resume with the megakd that wrote it ({values.get('megakd', 'unknown')}), set "
-            "checkpoint.resume=false to start over, or give another run.output_dir."
-        )
-    return Record(*(values[name] for name in Record.__dataclass_fields__))
+    raise UserError(
+        f"{folder} is a checkpoint of format {found[0]} version {found[1]}; this version of megakd reads {FORMAT} "
+        f"version {VERSION}. Resume with the megakd that wrote it ({values.get('megakd', 'unknown')}), set "
+        "checkpoint.resume=false to start over, or give another run.output_dir."
+    )
 
 
 def newest_record(folder: Path) -> tuple[Path, Record] | None:
-    """What the newest checkpoint under `folder` says of its run, without a look at its other files.
+    """What the newest checkpoint under `folder` with an undamaged record says of its run; other files are not read.
 
-    None where there is none, or none that can be read: who resumes from it tells what is wrong.
+    None where there is none: who resumes tells what is wrong.
     """
     for path in reversed(checkpoint_steps(folder).values()):
         try:
-            return path, read_record(path)
-        except UserError:
+            if read_checksums(path).get(RECORD) == file_digest(path / RECORD):
+                return path, read_record(path)
+        except (UserError, Damage, OSError):
             continue
     return None

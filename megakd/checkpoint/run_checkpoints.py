@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -53,7 +53,7 @@ class RunCheckpoints:
         self._keep_last, self._in_background = keep_last, in_background
         self._writer = CheckpointWriter()
         self._step = 0
-        self._kept: frozenset[int] = frozenset()
+        self._kept: Sequence[Sequence[int]] = ()
 
     @property
     def is_saving(self) -> bool:
@@ -65,18 +65,18 @@ class RunCheckpoints:
         """Whether this rank has written its part of the save that goes on; `finish` need not wait for it."""
         return self._writer.is_written
 
-    def save(self, record: Record, kept: Collection[int] = (), *, waits: bool = False) -> str | None:
+    def save(self, record: Record, kept: Sequence[Sequence[int]] = (), *, waits: bool = False) -> str | None:
         """Write the state as it is now as the checkpoint of `record.step`, after an earlier save has finished.
 
         Args:
-            kept: steps whose checkpoints stay, however old.
+            kept: of each, the checkpoint of the first step that has one stays, however old.
             waits: finish at once, as without `in_background`.
 
         Returns:
             What went wrong on a disk, with this save or the one before it; the checkpoints named before are there.
         """
         earlier = self.finish()
-        self._step, self._kept = record.step, frozenset(kept)
+        self._step, self._kept = record.step, kept
         partial = partial_folder(self.folder, record.step)
         problem = _problem_on_rank_0(lambda: _make_empty(partial))
         if problem is not None:

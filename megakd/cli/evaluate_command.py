@@ -15,6 +15,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Check, then evaluate under torchrun. Returns the exit status."""
-    from megakd.cli.train_command import run_configuration
+    from megakd.cli.train_command import check_configuration
+    from megakd.launch.launcher import run_action
 
-    return run_configuration("evaluate", args)
+    config, world_size, nodes = check_configuration(args)
+    return run_action("evaluate", config, world_size, nodes=nodes)

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from megakd.cli.rank_options import add_rank_options, load_for_ranks
 from megakd.common.errors import UserError
+from megakd.common.stop_request import RESUME_STATUS
+from megakd.config.schema import Config
 from megakd.launch.launcher import run_action
+from megakd.launch.nodes import Nodes
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -25,24 +32,47 @@ def run(args: argparse.Namespace) -> int:
     """Check, then train under torchrun. Returns the exit status."""
     if args.max_restarts < 0:
         raise UserError(f"--max-restarts is {args.max_restarts}; it must be at least 0.")
-    return run_configuration("train", args, args.max_restarts, accept_changes=args.accept_changes)
+    try:
+        with _signals_that_end():
+            config, world_size, nodes = check_configuration(args, accept_changes=args.accept_changes)
+    except _Stopped as stopped:
+        print(f"stopped by {stopped} before the ranks were started; the same command starts them", file=sys.stderr)
+        return RESUME_STATUS
+    flags = ["accept-changes"] if args.accept_changes else []
+    return run_action("train", config, world_size, flags=flags, max_restarts=args.max_restarts, nodes=nodes)
 
 
-def run_configuration(
-    action: str, args: argparse.Namespace, max_restarts: int = 0, *, accept_changes: bool = True
-) -> int:
-    """Load `args.config` with `args.overrides`, check it, run the action on `args.nproc_per_node` or the default ranks.
+def check_configuration(args: argparse.Namespace, *, accept_changes: bool = True) -> tuple[Config, int, Nodes]:
+    """`load_for_ranks`, and all checks that need no ranks.
 
     Args:
         accept_changes: settings may be others than those of the checkpoint that the action goes on from.
 
     Raises:
-        UserError: the configuration, a file it names or the number of ranks cannot be used; no rank has started.
+        UserError: the configuration, a file it names or the number of ranks cannot be used.
     """
     config, world_size, nodes = load_for_ranks(args)
 
     from megakd.training.preflight import preflight
 
     preflight(config, world_size, accept_changes=accept_changes)
-    flags = ["accept-changes"] if action == "train" and accept_changes else []
-    return run_action(action, config, world_size, flags=flags, max_restarts=max_restarts, nodes=nodes)
+    return config, world_size, nodes
+
+
+class _Stopped(BaseException):
+    """A signal that means "save, and end" came when there was nothing to save."""
+
+
+@contextmanager
+def _signals_that_end() -> Iterator[None]:
+    """Inside, the signals that a run saves after end it; checks of large models and data take a while."""
+
+    def stop(number: int, _: object) -> None:
+        raise _Stopped(signal.Signals(number).name)
+
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -20,6 +20,11 @@ def listen(numbers: Iterable[signal.Signals]) -> None:
         signal.siginterrupt(number, False)
 
 
+def request_stop(number: signal.Signals) -> None:
+    """Take note of a signal that came another way."""
+    _received.append(number)
+
+
 def stop_requested() -> str | None:
     """The name of the first signal that came, if any."""
     return signal.Signals(_received[0]).name if _received else None

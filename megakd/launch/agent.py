@@ -18,10 +18,13 @@ def main(argv: list[str]) -> int:
     """Run `argv` = (JSON of the launcher's options, module, its arguments)."""
     options = json.loads(argv[0])
     # Not SIGKILL: torchrun must live on to end the ranks and what they started.
-    die_with_parent(options["launcher_pid"], signal.SIGTERM)
+    die_with_parent(options["launcher_pid"], signal.SIGINT)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    # For the ranks alone, where it means to save and end. Slurm may send it to every process of a job.
+    # Queues and service managers send these to every process of a job, where they mean to save and end. What the
+    # launcher wants to end it ends with SIGINT.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGINT,SIGHUP"
     # torch 2.13's agents keep one store through restarts, in which restarted ranks find what the dead ones left.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
 
@@ -31,7 +34,7 @@ def main(argv: list[str]) -> int:
 
     log_dir, nodes = Path(options["log_dir"]), Nodes(**options["nodes"])
     _log_to_file(log_dir / nodes.file(AGENT_LOG))
-    rank_options = json.dumps({"agent_pid": os.getpid(), "log_dir": str(log_dir)})
+    rank_options = json.dumps({"agent_pid": os.getpid(), "folders": [str(log_dir), options["scratch_dir"]]})
     arguments = [
         *nodes.torchrun_arguments(),
         f"--nproc-per-node={options['nproc_per_node']}",
@@ -49,7 +52,7 @@ def main(argv: list[str]) -> int:
                 signal.signal(number, signal.SIG_IGN)
     except ChildFailedError as error:
         exits = [RankExit(rank, f.timestamp, f.exitcode) for rank, f in error.failures.items()]
-        save_rank_exits(log_dir / nodes.file(AGENT_RECORD), exits)
+        save_rank_exits([log_dir, Path(options["scratch_dir"])], nodes.file(AGENT_RECORD), exits)
         return 1
     except SignalException as error:
         return 128 + int(error.sigval)
@@ -61,6 +64,7 @@ def _log_to_file(path: Path) -> None:
         logger = logging.getLogger(name)
         logger.handlers.clear()
         logger.propagate = True
+    logging.raiseExceptions = False  # a full disk is told by the ranks
     handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.root.addHandler(handler)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -49,25 +51,25 @@ def rank_record(log_dir: Path, rank: int) -> Path:
     return log_dir / f"rank-{rank}.error"
 
 
-def save_rank_error(log_dir: Path, error: RankError) -> None:
-    """Write a rank's record whole or not at all: the rank may be killed meanwhile."""
-    _write_whole(rank_record(log_dir, error.rank), json.dumps(asdict(error)))
+def save_rank_error(folders: Sequence[Path], error: RankError) -> None:
+    """Write a rank's record into the first folder with room, whole or not at all: the rank may be killed meanwhile."""
+    _write_somewhere(folders, rank_record(Path(), error.rank).name, json.dumps(asdict(error)))
 
 
-def save_interruption(log_dir: Path, rank: int, reason: str) -> None:
-    """Write that a rank ended before its time, after a checkpoint."""
-    _write_whole(log_dir / f"rank-{rank}.interrupted", reason)
+def save_interruption(folders: Sequence[Path], rank: int, reason: str) -> None:
+    """Write that a rank ended before its time, after a checkpoint, into the first folder with room."""
+    _write_somewhere(folders, f"rank-{rank}.interrupted", reason)
 
 
-def load_interruption(log_dir: Path) -> str | None:
+def load_interruption(folders: Sequence[Path]) -> str | None:
     """Why the ranks ended before their time, after a checkpoint; None where they did not."""
-    reasons = [path.read_text() for path in sorted(log_dir.glob("rank-*.interrupted"))]
+    reasons = [path.read_text() for path in _all(folders, "rank-*.interrupted")]
     return min(reasons, key=lambda reason: "another rank" in reason, default=None)
 
 
-def save_rank_exits(path: Path, exits: list[RankExit]) -> None:
-    """Write what a node's torchrun saw."""
-    _write_whole(path, json.dumps([asdict(e) for e in exits]))
+def save_rank_exits(folders: Sequence[Path], name: str, exits: list[RankExit]) -> None:
+    """Write what a node's torchrun saw into the first folder with room."""
+    _write_somewhere(folders, name, json.dumps([asdict(e) for e in exits]))
 
 
 def clear_records(log_dir: Path) -> None:
@@ -83,15 +85,15 @@ def clear_records(log_dir: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def load_rank_errors(log_dir: Path) -> list[RankError]:
+def load_rank_errors(folders: Sequence[Path]) -> list[RankError]:
     """The ranks' exceptions, earliest first."""
-    errors = [RankError(**json.loads(path.read_text())) for path in log_dir.glob("rank-*.error")]
+    errors = [RankError(**json.loads(path.read_text())) for path in _all(folders, "rank-*.error")]
     return sorted(errors, key=lambda error: error.time)
 
 
-def load_rank_exits(log_dir: Path) -> list[RankExit]:
+def load_rank_exits(folders: Sequence[Path]) -> list[RankExit]:
     """The ranks' exits, without those that torchrun brought about later."""
-    records = [json.loads(path.read_text()) for path in log_dir.glob(_of_all_nodes(AGENT_RECORD))]
+    records = [json.loads(path.read_text()) for path in _all(folders, _of_all_nodes(AGENT_RECORD))]
     exits = [RankExit(**entry) for entries in records for entry in entries]
     first = min((e.time for e in exits), default=0.0)
     return [e for e in exits if e.time <= first + _SAME_MOMENT_SECONDS]
@@ -113,6 +115,19 @@ def first_failure(errors: list[RankError], exits: list[RankExit]) -> RankError |
         return errors[0]
     others = [e for e in exits if e.exitcode != -signal.SIGTERM]
     return next(iter(others or exits), None)
+
+
+def _all(folders: Sequence[Path], pattern: str) -> list[Path]:
+    return sorted(path for folder in folders for path in folder.glob(pattern))
+
+
+def _write_somewhere(folders: Sequence[Path], name: str, text: str) -> None:
+    """Write into the first folder whose disk takes it: the run's may be full, and that be what is to be told."""
+    for folder in folders:
+        try:
+            return _write_whole(folder / name, text)
+        except OSError as error:
+            print(f"{folder / name} cannot be written ({error.strerror})", file=sys.stderr)
 
 
 def _of_all_nodes(name: str) -> str:

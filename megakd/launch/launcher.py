@@ -10,11 +10,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
 from megakd.common.launch_time import LAUNCHED_AT
+from megakd.common.locks import try_lock
 from megakd.common.stop_request import RESUME_STATUS
 from megakd.common.watchdog import GRACE_SECONDS, describe_hang, load_hangs
 from megakd.config.load import dump_config
@@ -58,13 +59,33 @@ def run_action(
     """
     folder = Path(config.run.output_dir)
     path = folder / "config.yaml" if action == "train" else folder / "logs" / f"{action}.yaml"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    partial.write_text(dump_config(config), encoding="utf-8")
-    os.replace(partial, path)
-    command = ["megakd.launch.worker", action, str(path), *flags]
-    nproc_per_node = world_size // nodes.count
-    return launch_ranks(command, nproc_per_node, folder / "logs", max_restarts, saves=action == "train", nodes=nodes)
+    trains = action == "train"
+    with _held(folder) if trains and nodes.rank == 0 else nullcontext():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+        partial.write_text(dump_config(config), encoding="utf-8")
+        os.replace(partial, path)
+        command = ["megakd.launch.worker", action, str(path), *flags]
+        nproc_per_node = world_size // nodes.count
+        return launch_ranks(command, nproc_per_node, folder / "logs", max_restarts, saves=trains, nodes=nodes)
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Inside, no other job trains in a run's folder.
+
+    Raises:
+        UserError: one does.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    busy = f"run.output_dir is {folder}; another job trains there. Wait for it, or give another run.output_dir."
+    lock = None
+    while lock is None:
+        lock = try_lock(folder / "megakd.lock", busy)
+    try:
+        yield
+    finally:
+        os.close(lock)
 
 
 def launch_ranks(
@@ -102,31 +123,36 @@ def launch_ranks(
             "max_restarts": max_restarts,
             "nodes": asdict(nodes),
         }
+        folders = [log_dir, Path(scratch_dir)]
         with adopted_orphans():
             agent = subprocess.Popen(
                 [sys.executable, "-m", "megakd.launch.agent", json.dumps(options), *command],
                 env=environment,
                 start_new_session=True,
             )
-            _wait(agent, received, log_dir, saves, watch)
+            _wait(agent, received, folders, saves, watch)
             ended_by_itself = agent.poll() is not None
         status = agent.wait()
-    own_reason = _own_reason(status, received, ended_by_itself)
-    if status == 0:
-        watch.leave(None)
-    else:
-        watch.leave(own_reason or "its ranks have ended", is_cause=own_reason is not None)
-    interruption = load_interruption(log_dir)
-    if status == 0 and interruption is not None:
-        reason = signal.Signals(received[0]).name if received else interruption
-        print(f"stopped by {reason} after a checkpoint; the same command goes on from it", file=sys.stderr)
-        return RESUME_STATUS
-    if status == 0 and saves:
-        return 0  # a signal came when nothing was left to be done
-    if received:
-        print(f"stopped by {signal.Signals(received[0]).name}; all ranks have ended", file=sys.stderr)
-        return 128 + received[0]
-    return 0 if status == 0 else _report_failure(status, log_dir, nproc_per_node * nodes.count, own_reason, watch)
+        own_reason = _own_reason(status, received, ended_by_itself)
+        if status == 0:
+            watch.leave(None)
+        else:
+            watch.leave(own_reason or "its ranks have ended", is_cause=own_reason is not None)
+        interruption = load_interruption(folders)
+        if status == 0 and interruption is not None:
+            reason = signal.Signals(received[0]).name if received else interruption
+            print(f"stopped by {reason} after a checkpoint; the same command goes on from it", file=sys.stderr)
+            return RESUME_STATUS
+        if status == 0 and saves:
+            return 0  # a signal came when nothing was left to be done
+        if received:
+            print(f"stopped by {signal.Signals(received[0]).name}; all ranks have ended", file=sys.stderr)
+            return 128 + received[0]
+        return (
+            0
+            if status == 0
+            else _report_failure(status, log_dir, folders, nproc_per_node * nodes.count, own_reason, watch)
+        )
 
 
 def _own_reason(status: int, received: list[int], ended_by_itself: bool) -> str | None:
@@ -162,7 +188,9 @@ def _recorded_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _wait(agent: subprocess.Popen[bytes], received: list[int], log_dir: Path, saves: bool, watch: NodeWatch) -> None:
+def _wait(
+    agent: subprocess.Popen[bytes], received: list[int], folders: list[Path], saves: bool, watch: NodeWatch
+) -> None:
     """Return when the agent has ended or should be killed; pass on the first signal."""
     deadline: float | None = None
     saving_since: float | None = None
@@ -181,7 +209,7 @@ def _wait(agent: subprocess.Popen[bytes], received: list[int], log_dir: Path, sa
             return
         if deadline is not None:
             continue
-        hangs = load_hangs(log_dir)
+        hangs = load_hangs(folders[0])
         if hangs and hanging_since is None:
             hanging_since = now
         # Before there are ranks, other nodes may not have come, and what is told of them may be an earlier job's.
@@ -194,24 +222,26 @@ def _wait(agent: subprocess.Popen[bytes], received: list[int], log_dir: Path, sa
                 signal_ranks(agent.pid, signal.SIGUSR1)
                 saving_since = now
         elif received:
-            agent.send_signal(signal.SIGTERM if received[0] == signal.SIGUSR1 else received[0])
+            agent.send_signal(signal.SIGINT)
             deadline = now + _GRACE_SECONDS
-        if any(error.user_error for error in load_rank_errors(log_dir)):
+        if any(error.user_error for error in load_rank_errors(folders)):
             # Bad input stays bad: no restart can help.
-            agent.terminate()
+            agent.send_signal(signal.SIGINT)
             deadline = now + _GRACE_SECONDS
         elif hanging_since is not None and now - hanging_since > GRACE_SECONDS / 2:
             # torchrun would wait for ranks that hear nothing.
-            agent.terminate()
+            agent.send_signal(signal.SIGINT)
             signal_ranks(agent.pid, signal.SIGKILL)
             deadline = now + _GRACE_SECONDS
         elif gone_since is not None and now - gone_since > _GONE_SECONDS:
             # torchrun would wait for the node to come back.
-            agent.terminate()
+            agent.send_signal(signal.SIGINT)
             deadline = now + _GRACE_SECONDS
 
 
-def _report_failure(status: int, log_dir: Path, world_size: int, own_reason: str | None, watch: NodeWatch) -> int:
+def _report_failure(
+    status: int, log_dir: Path, folders: list[Path], world_size: int, own_reason: str | None, watch: NodeWatch
+) -> int:
     """Print the failure the others followed from, its line last; return the exit status."""
     gone = watch.wait_for_the_others()
     hangs = load_hangs(log_dir)
@@ -219,7 +249,7 @@ def _report_failure(status: int, log_dir: Path, world_size: int, own_reason: str
         print(f"stacks of the ranks: {log_dir}/rank-*.hang", file=sys.stderr)
         print(f"error: {describe_hang(hangs, world_size)}; all ranks were ended", file=sys.stderr)
         return 1
-    failure = first_failure(load_rank_errors(log_dir), load_rank_exits(log_dir))
+    failure = first_failure(load_rank_errors(folders), load_rank_exits(folders))
     if isinstance(failure, RankError) and failure.user_error:
         print(f"error: {failure.message}", file=sys.stderr)
         return 2

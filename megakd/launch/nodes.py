@@ -105,10 +105,9 @@ class NodeWatch:
     def __init__(self, log_dir: Path, nodes: Nodes) -> None:
         self.nodes = nodes
         self._log_dir = log_dir
-        self._beats = 0
         self._beaten = -_BEAT_SECONDS
-        # What each other node's file said last, and when it said something new by this node's clock.
-        self._seen: dict[int, tuple[str, float]] = {}
+        # When each other node last touched its file, and when that was noticed by this node's clock.
+        self._seen: dict[int, tuple[int, float]] = {}
         for name in (self._beat_file(nodes.rank), self._end_file(nodes.rank)):
             name.unlink(missing_ok=True)
 
@@ -119,16 +118,22 @@ class NodeWatch:
 
     def beat(self) -> None:
         """Say that this node's launcher lives."""
-        if not self.is_alone and time.monotonic() - self._beaten >= _BEAT_SECONDS:
-            self._beats += 1
-            self._beaten = time.monotonic()
-            _write(self._beat_file(self.nodes.rank), f"{socket.gethostname()} {os.getpid()} {self._beats}")
+        if self.is_alone or time.monotonic() - self._beaten < _BEAT_SECONDS:
+            return
+        self._beaten = time.monotonic()
+        with suppress(OSError):
+            path = self._beat_file(self.nodes.rank)
+            if path.exists():
+                os.utime(path)  # needs no room on a full disk
+            else:
+                _write(path, socket.gethostname())
 
     def leave(self, reason: str | None, *, is_cause: bool = False) -> None:
         """Say that this node has ended: why, where the job is to end for it, and whether nothing else came before."""
         if not self.is_alone:
             end = {"host": socket.gethostname(), "reason": reason, "is_cause": is_cause}
-            _write(self._end_file(self.nodes.rank), json.dumps(end))
+            with suppress(OSError):
+                _write(self._end_file(self.nodes.rank), json.dumps(end))
 
     def gone(self) -> Gone | None:
         """Another node that ended before its time or gave no sign of life for long; one that is a cause first."""
@@ -151,15 +156,14 @@ class NodeWatch:
             if end["reason"] is None:
                 return None
             return Gone(f"node {rank} ({end['host']}): {end['reason']}", end["is_cause"])
-        told = ""
+        host, told = "never seen", 0
         with suppress(OSError):
-            told = self._beat_file(rank).read_text()
+            host, told = self._beat_file(rank).read_text(), self._beat_file(rank).stat().st_mtime_ns
         if rank not in self._seen or self._seen[rank][0] != told:
             self._seen[rank] = (told, now)
         silent = now - self._seen[rank][1]
         if silent <= _SILENT_SECONDS:
             return None
-        host = told.partition(" ")[0] or "never seen"
         return Gone(f"node {rank} ({host}) gave no sign of life for {silent:.0f} s", is_cause=True)
 
     def _beat_file(self, rank: int) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -47,8 +48,7 @@ class MetricsWriter:
             return
         self._metrics.close()
         self._evaluations.close()
-        if self._board is not None:
-            self._board.close()
+        self._on_board(lambda board: board.close())
         if self._progress is not None:
             self._progress.stop()
 
@@ -84,10 +84,23 @@ class MetricsWriter:
             self._evaluations.sync()
 
     def _to_board(self, prefix: str, record: dict[str, Any]) -> None:
-        if self._board is not None:
-            for name, value in record.items():
-                if name != "step" and isinstance(value, int | float):
-                    self._board.add_scalar(f"{prefix}/{name}", value, record["step"])
+        figures = {key: value for key, value in record.items() if key != "step" and isinstance(value, int | float)}
+
+        def add(board: Any) -> None:
+            for name, value in figures.items():
+                board.add_scalar(f"{prefix}/{name}", value, record["step"])
+
+        self._on_board(add)
+
+    def _on_board(self, action: Callable[[Any], object]) -> None:
+        """Do something with TensorBoard's writer, which a full disk ends; the figures are in metrics.jsonl too."""
+        if self._board is None:
+            return
+        try:
+            action(self._board)
+        except OSError as error:
+            self._board = None
+            log.warning(f"TensorBoard's events cannot be written ({error.strerror}); there are no more of them")
 
 
 def describe_scores(step: int, scores: dict[str, Any]) -> str:

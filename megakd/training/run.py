@@ -10,10 +10,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megakd.checkpoint.folders import checkpoint_steps
 from megakd.checkpoint.record import Record
 from megakd.checkpoint.run_checkpoints import RunCheckpoints
 from megakd.common.errors import UserError
-from megakd.common.launch_time import launch_age_seconds
+from megakd.common.launch_time import launch_age_seconds, restart_count
 from megakd.common.logging import log
 from megakd.common.stop_request import stop_requested
 from megakd.common.watchdog import Watchdog
@@ -45,7 +46,7 @@ from megakd.training.run_folder import CHECKPOINTS, save_run_description
 from megakd.training.schedule import learning_rate
 from megakd.training.step import StepResult, train_step
 from megakd.training.train_data import held_out_sources, open_held_out_data, open_train_data, run_steps
-from megakd.training.watch import Counters
+from megakd.training.watch import Best, Counters
 
 
 class Run:
@@ -137,10 +138,10 @@ class Run:
                     interrupted = self._agree()
                 if interrupted is not None and self._is_over():
                     interrupted = None  # nothing is left to be done but the export
-                if interrupted is not None and self._saved_step != self._counters.step > 0:
-                    self._save(waits=True)
                 self.watchdog.enter("finishing a checkpoint")
                 self._heed(self._checkpoints.finish())
+                if interrupted is not None and self._saved_step != self._counters.step > 0:
+                    self._save(waits=True)
         finally:
             batches.close()
         return interrupted
@@ -192,7 +193,8 @@ class Run:
                 f"{counters.skipped_in_a_row} steps in a row had a loss or gradients that are not finite "
                 f"(safeguards.max_skipped_steps), up to step {counters.step}; the weights are those of the last good "
                 f"step, and the checkpoints before are kept. Look at the samples in {self.folder / 'metrics.jsonl'}, "
-                "lower optimizer.lr or leave out the data."
+                "lower optimizer.lr or leave out the data. If the newest checkpoint is of just before, remove it to "
+                "go on from the one before it."
             )
         every, best = config.evaluation.interval, False
         if every and counters.step % every == 0:
@@ -201,6 +203,8 @@ class Run:
         if over and config.evaluation.at_end and counters.step not in self.scores:
             best = self._evaluate()
         every = config.checkpoint.save_interval
+        if counters.skipped_in_a_row and not over:
+            return  # what the next step shows to be bad must not take the place of what is good
         if best or (every and counters.step % every == 0) or (over and config.checkpoint.save_at_end):
             self._save()
 
@@ -215,6 +219,8 @@ class Run:
             text = f"is skipped: its loss is {result.loss:g}{also}"
         else:
             counters.skipped_in_a_row = 0
+            if self._saved_step is not None:
+                counters.proven_step = self._saved_step
             if not counters.spikes.is_spike(result.loss, deviations):
                 return {"skipped_steps": counters.skipped_steps}
             text = f"is a loss spike: {result.loss:.4f} where the recent mean is {mean:.4f}"
@@ -284,6 +290,7 @@ class Run:
             return False
         value = getattr(scores, metric)
         best = self._counters.best
+        best.measure = self._measure()
         if best.take(step, value, larger_is_better=metric == "agreement"):
             return True
         log.info(f"no better {metric} than {best.value:.6g} of step {best.step} in {best.since} evaluations")
@@ -299,11 +306,15 @@ class Run:
         self._heed(self._checkpoints.finish())
         # Records of steps that a checkpoint has must not be lost when a machine is.
         self._metrics.sync()
+        if not counters.skipped_in_a_row:
+            counters.good_step = counters.step
         record = Record(
             counters.step, counters.to_dict(), self.config.model_dump(mode="json"), self._contents, self._layout
         )
         log.info(f"saving the checkpoint of step {counters.step}")
-        kept = [counters.best.step] if counters.best.step is not None else []
+        kept = [counters.best.steps]
+        if counters.skipped_in_a_row:
+            kept += [[step] for step in (counters.good_step, counters.proven_step) if step is not None]
         with parameters_gathered(self._student.model):
             problem = self._checkpoints.save(record, kept, waits=waits)
         self._saved_step = counters.step
@@ -313,13 +324,14 @@ class Run:
         """Say that a checkpoint could not be written, and stop if so configured."""
         if problem is None:
             return
+        self._saved_step = None
         text = f"a checkpoint could not be written ({problem}); those named before are as they were"
         if self.config.checkpoint.on_write_error == "stop":
             raise UserError(f"{text}. Make room; the same command goes on (checkpoint.on_write_error is stop).")
         log.warning(f"{text}, and training goes on (checkpoint.on_write_error)")
 
     def _resume(self) -> None:
-        if not self.config.checkpoint.resume:
+        if not self.config.checkpoint.resume and not self._was_restarted():
             # Left in place, an earlier run's checkpoints would be taken for this one's by the next resume.
             self._checkpoints.set_aside()
             return
@@ -336,8 +348,30 @@ class Run:
             )
         self._checkpoints.load(path, record, self._layout)
         self._counters = Counters.from_dict(record.counters)
+        if self._counters.best.measure not in (None, self._measure()):
+            log.info(f"the best by {self._counters.best.measure} is forgotten: evaluation is by {self._measure()} now")
+            self._counters.best = Best()
         self._saved_step = record.step
         log.info(f"resumed from {path} after {record.step} steps")
+
+    def _was_restarted(self) -> bool:
+        """Whether torchrun started the ranks again and there are checkpoints of theirs: of this launch."""
+
+        def newer_than_the_launch() -> bool:
+            times = [path.stat().st_mtime for path in checkpoint_steps(self._checkpoints.folder).values()]
+            return max(times, default=-math.inf) >= time.time() - launch_age_seconds()
+
+        return restart_count() > 0 and on_rank_0(newer_than_the_launch)
+
+    def _measure(self) -> str:
+        """What `evaluation.metric` is measured on, in words."""
+        evaluation, data = self.config.evaluation, self.config.data
+        fraction = data.valid_fraction if evaluation.split == "valid" else data.test_fraction
+        found = held_out_sources(self.config, evaluation.split)
+        places = ", ".join(source.path for source in found[1]) if found is not None else "nothing"
+        share = f" ({fraction:g} of it)" if fraction is not None else ""
+        tokens = f", {evaluation.max_tokens} tokens" if evaluation.max_tokens is not None else ""
+        return f"{evaluation.metric} on {places}{share}{tokens}"
 
     def _check_drift(self, path: Path, record: Record) -> None:
         changes = find_changes(record, self.config, self._contents)

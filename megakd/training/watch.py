@@ -38,18 +38,30 @@ class LossSpikes:
 
 @dataclass
 class Best:
-    """The best evaluation so far by a metric, and how many came after it."""
+    """The best evaluation so far by a metric, and how many came after it.
+
+    Attributes:
+        measure: what is compared: the metric, and on what.
+        previous: the step of the best one before.
+    """
 
     value: float | None = None
     step: int | None = None
     since: int = 0
+    previous: int | None = None
+    measure: str | None = None
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps whose checkpoint is the best: the first that there is, since the newest may not have been written."""
+        return [step for step in (self.step, self.previous) if step is not None]
 
     def take(self, step: int, value: float, *, larger_is_better: bool) -> bool:
         """Take in an evaluation; whether it is the best. What is not a number never is."""
         first = self.value is None and not math.isnan(value)
         better = first or (self.value is not None and (value > self.value if larger_is_better else value < self.value))
         if better:
-            self.value, self.step, self.since = value, step, 0
+            self.value, self.step, self.since, self.previous = value, step, 0, self.step
         else:
             self.since += 1
         return better
@@ -57,12 +69,19 @@ class Best:
 
 @dataclass
 class Counters:
-    """The loop's numbers that a checkpoint keeps: with them a resumed run says and does what the whole one would."""
+    """The loop's numbers that a checkpoint keeps: with them a resumed run says and does what the whole one would.
+
+    Attributes:
+        good_step: of the newest checkpoint whose own step was not skipped.
+        proven_step: of the newest checkpoint after which a step went well.
+    """
 
     step: int = 0
     tokens: int = 0
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
+    good_step: int | None = None
+    proven_step: int | None = None
     spikes: LossSpikes = field(default_factory=LossSpikes)
     best: Best = field(default_factory=Best)
 

@@ -94,7 +94,7 @@ def test_a_checkpoint_in_the_background_is_the_state_at_its_step(
             assert torch.equal(found[key], tensor), (step, key)
 
 
-def save_many(values: dict[str, Any], folder: Path, kept: list[int]) -> list[str]:
+def save_many(values: dict[str, Any], folder: Path, kept: list[list[int]]) -> list[str]:
     run = build(values)
     checkpoints = run.checkpoints(folder, keep_last=2, in_background=True)
     for step in range(1, 6):
@@ -103,9 +103,11 @@ def save_many(values: dict[str, Any], folder: Path, kept: list[int]) -> list[str
     return sorted(path.name for path in folder.iterdir())
 
 
-@pytest.mark.parametrize(("kept", "left"), [([], [4, 5]), ([2], [2, 4, 5]), ([5], [4, 5])])
+@pytest.mark.parametrize(
+    ("kept", "left"), [([], [4, 5]), ([[2]], [2, 4, 5]), ([[5]], [4, 5]), ([[9, 2, 1]], [2, 4, 5])]
+)
 def test_the_newest_and_the_best_are_kept(
-    files: Path, tmp_path: Path, kept: list[int], left: list[int], run_ranks: Callable[..., list[Any]]
+    files: Path, tmp_path: Path, kept: list[list[int]], left: list[int], run_ranks: Callable[..., list[Any]]
 ) -> None:
     names = run_ranks(1, save_many, run_values(files), tmp_path, kept)[0]
     assert names == [f"step-{step:08d}" for step in left]

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import socket
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megakd.cli import rank_options
+from megakd.cli import rank_options, train_command
+from megakd.cli.main import main
 from megakd.cli.rank_options import add_rank_options, choose_nproc_per_node, load_for_ranks
 from megakd.common.errors import UserError
 from megakd.config.schema import ParallelSection
+from megakd.launch import launcher
 from megakd.launch.nodes import Nodes
 from tests.config.examples import config
 
@@ -68,3 +73,31 @@ def test_a_replica_is_shared_out_over_the_nodes() -> None:
     for nodes in (3, 8):
         with pytest.raises(UserError, match=f"--nnodes is {nodes}; the 4 ranks of one model replica do not divide"):
             choose_nproc_per_node(four, None, nodes)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_before_there_are_ranks_asks_to_be_started_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: signal.Signals
+) -> None:
+    monkeypatch.setattr(train_command, "check_configuration", lambda args, **_: os.kill(os.getpid(), number))
+    before = signal.getsignal(number)
+    assert main(["train", "x.yaml"]) == 75
+    assert capsys.readouterr().err == (
+        f"stopped by {number.name} before the ranks were started; the same command starts them\n"
+    )
+    assert signal.getsignal(number) == before
+
+
+def test_two_jobs_do_not_train_in_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    once = config(run__output_dir=str(tmp_path / "run"))
+
+    def launch(*_: object, **__: object) -> int:
+        with pytest.raises(
+            UserError, match=r"^run.output_dir is .*run; another job trains there. Wait for it, or give"
+        ):
+            launcher.run_action("train", once, 1)
+        return 0
+
+    monkeypatch.setattr(launcher, "launch_ranks", launch)
+    assert launcher.run_action("train", once, 1) == 0
+    assert launcher.run_action("train", once, 1) == 0  # the first has ended

@@ -6,6 +6,7 @@ import signal
 from pathlib import Path
 
 from megakd.launch.failures import (
+    AGENT_RECORD,
     RankError,
     RankExit,
     clear_records,
@@ -23,9 +24,9 @@ def rank_error(rank: int, time: float, user_error: bool = False) -> RankError:
 
 def test_the_earliest_exception_is_first(tmp_path: Path) -> None:
     for error in (rank_error(0, 12.5), rank_error(10, 11.0), rank_error(2, 13.0)):
-        save_rank_error(tmp_path, error)
-    assert [error.rank for error in load_rank_errors(tmp_path)] == [10, 0, 2]
-    assert first_failure(load_rank_errors(tmp_path), []) == rank_error(10, 11.0)
+        save_rank_error([tmp_path], error)
+    assert [error.rank for error in load_rank_errors([tmp_path])] == [10, 0, 2]
+    assert first_failure(load_rank_errors([tmp_path]), []) == rank_error(10, 11.0)
 
 
 def test_a_crash_comes_before_its_peers_exceptions() -> None:
@@ -50,12 +51,19 @@ def test_bad_input_is_never_a_consequence() -> None:
 
 def test_ranks_that_torchrun_killed_in_the_end_do_not_count(tmp_path: Path) -> None:
     failed, killed = RankExit(1, 100.0, 1), RankExit(0, 130.0, -signal.SIGKILL)
-    save_rank_exits(tmp_path, [killed, failed])
-    assert load_rank_exits(tmp_path) == [failed]
+    save_rank_exits([tmp_path], AGENT_RECORD, [killed, failed])
+    assert load_rank_exits([tmp_path]) == [failed]
 
 
 def test_nothing_failed(tmp_path: Path) -> None:
-    save_rank_error(tmp_path, rank_error(0, 1.0))
-    save_rank_exits(tmp_path, [RankExit(0, 1.0, 1)])
+    save_rank_error([tmp_path], rank_error(0, 1.0))
+    save_rank_exits([tmp_path], AGENT_RECORD, [RankExit(0, 1.0, 1)])
     clear_records(tmp_path)
-    assert first_failure(load_rank_errors(tmp_path), load_rank_exits(tmp_path)) is None
+    assert first_failure(load_rank_errors([tmp_path]), load_rank_exits([tmp_path])) is None
+
+
+def test_a_record_that_finds_no_room_goes_to_the_next_folder(tmp_path: Path) -> None:
+    """A folder that is not there is as good as one on a full disk."""
+    save_rank_error([tmp_path / "none", tmp_path], rank_error(0, 1.0))
+    assert load_rank_errors([tmp_path / "none", tmp_path]) == [rank_error(0, 1.0)]
+    save_rank_error([tmp_path / "none"], rank_error(0, 1.0))  # and where there is none, nothing is raised

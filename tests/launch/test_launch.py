@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -172,9 +173,9 @@ def test_a_signal_while_torchruns_process_ends_prints_nothing(tmp_path: Path) ->
     signalled_at_exit = (
         "import json, os, signal, sys, time, weakref\n"
         "from megakd.launch.agent import main\n"
-        "last = weakref.finalize(main, lambda: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(0.1)))\n"
+        "last = weakref.finalize(main, lambda: (os.kill(os.getpid(), signal.SIGINT), time.sleep(0.1)))\n"
         "options = dict(launcher_pid=os.getppid(), log_dir=sys.argv[1], scratch_dir=sys.argv[1], nproc_per_node=1,\n"
-        "               max_restarts=0)\n"
+        "               max_restarts=0, nodes={})\n"
         "sys.exit(main([json.dumps(options), *sys.argv[2:]]))\n"
     )
     command = [sys.executable, "-c", signalled_at_exit, str(tmp_path)]
@@ -183,3 +184,13 @@ def test_a_signal_while_torchruns_process_ends_prints_nothing(tmp_path: Path) ->
         cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_SECONDS,
     )  # fmt: skip
     assert (ended.returncode, ended.stderr) == (0, "")
+
+
+def test_a_full_disk_does_not_hide_the_failure(tmp_path: Path, small_disk: Callable[[str], Path]) -> None:
+    small_disk("64k")
+    with pytest.raises(OSError, match="No space left"), (tmp_path / "filler").open("wb", buffering=0) as filler:
+        while True:
+            filler.write(bytes(4096))
+    status, errors = run_to_end("bad_input", tmp_path, max_restarts=2)
+    assert status == 2
+    assert errors.splitlines()[-1].startswith("error: data.train is 'nowhere'; no such file.")

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from megakd.checkpoint.folders import checkpoint_steps, prune, step_folder
 from megakd.training.watch import Best, LossSpikes
 from tests.training.interrupted import run_distill, run_until_killed
 from tests.training.runs import records, run_values, weights, write_run_files, write_tokens
@@ -77,6 +78,30 @@ def test_patience_ends_the_run(files: Path, tmp_path: Path, patience: int, run_r
     assert records(halves) == records(whole)
     assert all(torch.equal(weight, trained[key]) for key, weight in weights(halves).items())
     assert kept(halves) == [best, last]
+
+
+def test_another_metric_does_not_compare_with_the_old_ones_best(
+    files: Path, tmp_path: Path, run_ranks: Callable[..., list[Any]]
+) -> None:
+    run_ranks(1, run_until_killed, values_of(files, tmp_path, "cross_entropy", checkpoint__save_interval=1), 4)
+    run_ranks(1, run_distill, values_of(files, tmp_path, "agreement", evaluation__patience=30))
+    best = json.loads((tmp_path / "run" / "checkpoints" / "step-00000012" / "record.json").read_text())["counters"][
+        "best"
+    ]
+    scored = {r["step"]: r["agreement"] for r in records(tmp_path, "evaluations.jsonl") if r["step"] > 3}
+    assert best["value"] == max(scored.values()) == scored[best["step"]]
+    assert best["measure"].startswith("agreement on ")
+
+
+def test_a_best_one_that_was_not_written_does_not_cost_the_one_before(tmp_path: Path) -> None:
+    best = Best()
+    for step, value in ((1, 3.0), (2, 2.0), (4, 1.0)):
+        best.take(step, value, larger_is_better=False)
+    assert best.steps == [4, 2]
+    for step in (1, 2, 3):
+        step_folder(tmp_path, step).mkdir()
+    prune(tmp_path, 1, [best.steps])
+    assert list(checkpoint_steps(tmp_path)) == [2, 3]
 
 
 def test_without_a_metric_nothing_is_kept_for_being_good(

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from pydantic import BaseModel
 
+from megakd.checkpoint.folders import checkpoint_steps
 from megakd.common.errors import UserError
 from megakd.config.load import config_from_dict
 from megakd.config.problems import section_of
@@ -124,8 +128,8 @@ def begun_values(files: Path, out: Path, **settings: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_change_of_the_result_is_refused_with_both_values(files: Path, begun: Path, name: str) -> None:
-    settings, line = REFUSED[name]
-    values = begun_values(files, begun, **settings)
+    changes, line = REFUSED[name]
+    values = begun_values(files, begun, **changes)
     if name == "teacher":
         values["teacher"]["path"] = str(files / "other")
     with pytest.raises(UserError) as error:
@@ -135,6 +139,27 @@ def test_a_change_of_the_result_is_refused_with_both_values(files: Path, begun: 
     preflight(config_from_dict(values), 1, accept_changes=True)
     values["checkpoint"]["resume"] = False
     preflight(config_from_dict(values), 1)
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.floats(0, 1, exclude_max=True), st.integers(1, 255))
+def test_a_damaged_record_is_not_taken_for_other_settings(
+    files: Path, begun: Path, tmp_path: Path, place: float, mask: int
+) -> None:
+    """Before the ranks start, too: they find the damage and use the checkpoint before."""
+    if not (tmp_path / "run").exists():
+        shutil.copytree(begun / "run", tmp_path / "run")
+    newest = list(checkpoint_steps(tmp_path / "run" / "checkpoints").values())[-1] / "record.json"
+    content = newest.read_bytes()
+    changed = bytearray(content)
+    changed[int(place * len(content))] ^= mask
+    newest.write_bytes(changed)
+    try:
+        preflight(config_from_dict(begun_values(files, tmp_path)), 1)
+        with pytest.raises(UserError, match="run.seed was 1234 and is 7"):
+            preflight(config_from_dict(begun_values(files, tmp_path, run__seed=7)), 1)
+    finally:
+        newest.write_bytes(content)
 
 
 def test_ranks_refuse_what_preflight_refuses(files: Path, begun: Path, run_ranks: Callable[..., list[Any]]) -> None:

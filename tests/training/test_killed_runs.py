@@ -177,6 +177,35 @@ def test_a_signal_saves_and_asks_to_be_gone_on_with(
     assert_same_run(tmp_path, whole, 40)
 
 
+def test_sigterm_to_every_process_of_the_job_saves_too(
+    files: Path, whole: Path, tmp_path: Path, jobs: list[Job]
+) -> None:
+    """As service managers and some queues send it."""
+    jobs.append(Job(job_values(files, tmp_path, 40, checkpoint__save_interval=1000), 2, max_restarts=3, worker=SLOW))
+    jobs[0].wait_for_step(7)
+    for pid in (*jobs[0].rank_pids(), jobs[0].agent().pid, jobs[0].process.pid):
+        os.kill(pid, signal.SIGTERM)
+    assert jobs[0].end() == 75, jobs[0].log[-3000:]
+    jobs.append(Job(job_values(files, tmp_path, 40), 2))
+    assert jobs[1].end() == 0, jobs[1].log[-3000:]
+    assert_same_run(tmp_path, whole, 40)
+
+
+def test_a_restart_goes_on_where_only_an_earlier_run_is_not_to_be_gone_on_with(
+    files: Path, whole: Path, tmp_path: Path, jobs: list[Job]
+) -> None:
+    """checkpoint.resume false means: not from what an earlier launch left."""
+    values = job_values(files, tmp_path, 40, checkpoint__resume=False)
+    shutil.copytree(whole / "run" / "checkpoints", tmp_path / "run" / "checkpoints")
+    jobs.append(Job(values, 2, max_restarts=1, worker=SLOW))
+    jobs[0].wait_for_step(12)
+    os.kill(jobs[0].rank_pids()[0], signal.SIGKILL)
+    assert jobs[0].end() == 0, jobs[0].log[-3000:]
+    assert "resumed from" in jobs[0].log
+    assert_same_run(tmp_path, whole, 40)
+    assert (tmp_path / "run" / "checkpoints.old-1" / "step-00000040").is_dir()
+
+
 def test_a_signal_before_the_first_step_is_heard(files: Path, tmp_path: Path, jobs: list[Job]) -> None:
     jobs.append(Job(job_values(files, tmp_path, 40), 2))
     jobs[0].rank_pids()

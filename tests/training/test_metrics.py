@@ -101,3 +101,17 @@ def test_scores_in_one_line() -> None:
     assert line.startswith("held out after 7 steps (1,200 tokens): cross-entropy 2.0000, perplexity 7.39")
     assert "KL to teacher 0.5000" in line and "0.7500" in line and "1.5000" in line
     assert "teacher" not in describe_scores(7, ALONE)
+
+
+def test_a_full_disk_ends_the_board_and_not_the_run(tmp_path: Path, log_messages: list[str]) -> None:
+    class Full:
+        def add_scalar(self, *_: object) -> None:
+            raise OSError(28, "No space left on device")
+
+    with open_writer(tmp_path) as writer:
+        writer._board = Full()
+        writer.step(record(1))
+        writer.step(record(2))
+    assert steps(tmp_path, "metrics.jsonl") == [1, 2]
+    told = [message for message in log_messages if "TensorBoard" in message]
+    assert told == ["TensorBoard's events cannot be written (No space left on device); there are no more of them"]

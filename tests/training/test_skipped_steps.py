@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from megakd.common.errors import UserError
 from megakd.config.load import config_from_dict
-from tests.training.interrupted import run_distill, run_until_killed
+from tests.training.interrupted import run_distill, run_until_killed, run_until_stopped
 from tests.training.runs import build, layout, records, run_values, write_run_files
 
 SHARDED = {
@@ -197,10 +197,33 @@ def test_too_many_in_a_row_end_the_run_and_keep_the_checkpoint(
         run_ranks(2, run_poisoned, values, {2, 3, 5, 6, 7}, 1)
     assert "\n" not in str(error.value)
     assert [record["step"] for record in records(tmp_path)] == list(range(1, 8))
-    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
-    assert names[-1] == "step-00000006" and len(names) == 3
+    # None after a skipped step: what it went wrong on may be in the weights.
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000004"]
     run_ranks(2, run_distill, values)
-    assert records(tmp_path)[-1]["skipped_steps"] == 4  # of those before the checkpoint of step 6
+    assert records(tmp_path)[-1]["skipped_steps"] == 2  # of those before the checkpoint of step 4
+
+
+def test_the_last_checkpoint_before_skipped_steps_outlives_those_saved_for_a_wish_to_stop(
+    files: Path, tmp_path: Path, run_ranks: Callable[..., list[Any]]
+) -> None:
+    values = run_values(
+        files, run__output_dir=str(tmp_path / "run"), schedule__train_steps=20, checkpoint__save_interval=2,
+        checkpoint__keep_last=1,
+    )  # fmt: skip
+    run_ranks(1, run_poisoned_until_stopped, values, {4, 5, 6}, 5)
+    assert kept(tmp_path) == [2, 5]
+    # Of the ranks' second life, in which their fourth step is the run's ninth.
+    run_ranks(1, run_poisoned_until_stopped, values, {4, 5}, 10)
+    assert kept(tmp_path) == [8, 10]
+
+
+def run_poisoned_until_stopped(values: dict[str, Any], steps: set[int], stop: int) -> None:
+    with gradients_poisoned("linear_fc2", steps, 0, math.nan):
+        run_until_stopped(values, stop, 0)
+
+
+def kept(out: Path) -> list[int]:
+    return sorted(int(path.name[5:]) for path in (out / "run" / "checkpoints").iterdir())
 
 
 def test_a_run_whose_every_step_is_skipped_saves_nothing(
