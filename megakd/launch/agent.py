@@ -24,7 +24,6 @@ def main(argv: list[str]) -> int:
     # launcher wants to end it ends with SIGINT.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGINT,SIGHUP"
     # torch 2.13's agents keep one store through restarts, in which restarted ranks find what the dead ones left.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
 
@@ -39,6 +38,7 @@ def main(argv: list[str]) -> int:
         *nodes.torchrun_arguments(),
         f"--nproc-per-node={options['nproc_per_node']}",
         f"--max-restarts={options['max_restarts']}",
+        "--signals-to-handle=SIGINT,SIGHUP",
         f"--log-dir={options['scratch_dir']}",
         *("-m", RANK_MODULE, rank_options, *argv[1:]),
     ]
