@@ -55,15 +55,15 @@ def assert_same_run(found: Path, expected: Path, steps: int) -> None:
     assert all(torch.equal(trained[key], weight) for key, weight in whole.items())
 
 
-def wait_for_moment(job: Job, moment: str, rng: random.Random, lives: int) -> None:
-    """Return when the job is to be killed, in its life number `lives`."""
+def wait_for_moment(job: Job, moment: str, rng: random.Random, life: int) -> None:
+    """Return when the job is to be killed; its log of this life begins at `life`."""
     if moment == "anywhere":
         time.sleep(rng.uniform(0, 6))
         return
-    job.wait_for(lambda: job.log.count("steps of 128 tokens") >= lives)
+    job.wait_for(lambda: "steps of 128 tokens" in job.log[life:])
     if moment == "saving":
-        job.wait_for(lambda: is_saving(job.log[job.log.rfind("steps of 128 tokens") :]))
-        time.sleep(rng.uniform(0, 0.2))
+        job.wait_for(lambda: is_saving(job.log[life:]))
+        time.sleep(rng.uniform(0, 0.03))
     else:
         time.sleep(rng.uniform(0, 2))
 
@@ -78,12 +78,12 @@ def kill_many(files: Path, out: Path, jobs: list[Job], kills: int, seed: int) ->
     jobs.append(job)
     while_saving = 0
     for number in range(kills):
+        life = len(job.log)  # before the ranks of this life say anything
         pids = job.rank_pids()
-        wait_for_moment(job, MOMENTS[number % len(MOMENTS)], rng, job.log.count("steps of 128 tokens"))
+        wait_for_moment(job, MOMENTS[number % len(MOMENTS)], rng, life)
         victim = rng.choice(pids)
         os.kill(victim, signal.SIGKILL)
-        log = job.log
-        while_saving += is_saving(log[log.rfind("steps of 128 tokens") :]) if "steps of 128 tokens" in log else 0
+        while_saving += is_saving(job.log[life:])
         job.wait_for(lambda pids=pids: not any(psutil.pid_exists(pid) for pid in pids))
     status = job.end()
     assert status == 0, job.log[-5000:]
