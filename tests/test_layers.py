@@ -21,7 +21,7 @@ ROWS = [
     {"teacher"},
     {"evaluation"},
     {"training"},
-    {"launch"},
+    {"launch", "planning"},
     {"report"},
     {"cli"},
 ]

@@ -14,6 +14,7 @@ from megakd.common.logging import configure_logging
 # Each module has `add_parser(subparsers)` and `run(args) -> exit status`, and is imported only where it is needed.
 COMMANDS = {
     "train": "megakd.cli.train_command",
+    "plan": "megakd.cli.plan_command",
     "evaluate": "megakd.cli.evaluate_command",
     "cache": "megakd.cli.cache_command",
     "inspect-cache": "megakd.cli.inspect_cache_command",

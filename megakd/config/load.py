@@ -22,7 +22,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         UserError: the first problem of the file or of an override, in one line.
     """
-    values = _read_file(Path(path))
+    values = read_mapping(Path(path), f"a mapping of sections ({', '.join(Config.model_fields)})")
     for override in overrides:
         _apply_override(values, override)
     return config_from_dict(values)
@@ -49,7 +49,12 @@ def config_schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Config.model_json_schema()}
 
 
-def _read_file(path: Path) -> dict[str, Any]:
+def read_mapping(path: Path, wanted: str) -> dict[str, Any]:
+    """What a YAML file of keys and values holds; `wanted` says in errors what it should be.
+
+    Raises:
+        UserError: there is no such file, or it holds something else.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -63,8 +68,7 @@ def _read_file(path: Path) -> dict[str, Any]:
     values = parse_yaml(text, str(path))
     if not isinstance(values, dict):
         found = "nothing" if values is None else show(values)
-        sections = ", ".join(Config.model_fields)
-        raise UserError(f"{path} holds {found}; it must hold a mapping of sections ({sections}).")
+        raise UserError(f"{path} holds {found}; it must hold {wanted}.")
     return values
 
 

@@ -10,7 +10,7 @@ DEFAULT_CHUNK_MIB = {"cpu": 96, "cuda": 1024}
 ROW_MULTIPLE = 128
 # Elementwise work goes through a chunk in blocks that stay in a CPU core's cache (L2, 2 MiB on a server) with all the
 # buffers it touches; on GPU only launches count.
-_BLOCK_BYTES = {"cpu": 9 << 18, "cuda": 256 << 20}
+BLOCK_BYTES = {"cpu": 9 << 18, "cuda": 256 << 20}
 
 
 def chunk_rows(
@@ -41,7 +41,7 @@ def chunk_rows(
 
 def block_rows(rows: int, width: int, buffers: int, device: torch.device, element_size: int) -> int:
     """Rows of a chunk [rows, width] that one pass over `buffers` of that width treats together, at least 1."""
-    size = _BLOCK_BYTES.get(device.type, _BLOCK_BYTES["cuda"])
+    size = BLOCK_BYTES.get(device.type, BLOCK_BYTES["cuda"])
     if device.type == "cpu":
         size *= torch.get_num_threads()
     return max(1, min(rows, size // (element_size * width * buffers)))

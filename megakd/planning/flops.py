@@ -1,0 +1,74 @@
+"""Floating-point operations of a stage for one microbatch, where they are spent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megakd.planning.job import Job, Model
+
+
+@dataclass(frozen=True)
+class StageFlops:
+    """Operations of one rank for one microbatch; a multiply-add counts as two.
+
+    Attributes:
+        forward, backward: of the student's layers, recomputation included.
+        loss: the products with both heads, gradients included.
+        teacher: of the teacher's layers.
+    """
+
+    forward: float
+    backward: float
+    loss: float
+    teacher: float
+
+
+def layer_flops(model: Model, sequence_length: int) -> float:
+    """A layer's operations for a token on one tensor rank, causal attention as half a square."""
+    a = model.architecture
+    query, kv = a.num_attention_heads * a.kv_channels, a.num_query_groups * a.kv_channels
+    products = a.hidden_size * (query + 2 * kv) + query * a.hidden_size
+    products += a.mlps_per_token * a.hidden_size * a.mlp_width * (3 if a.activation == "swiglu" else 2)
+    products += a.hidden_size * (a.num_moe_experts or 0)
+    return 2.0 * (products + attention_products(model, sequence_length)) / model.layout.tp
+
+
+def attention_products(model: Model, sequence_length: int) -> float:
+    """Multiply-adds of a token's scores and of the sum of values over all heads, a window's where there is one."""
+    a = model.architecture
+    seen = sequence_length / 2
+    if a.sliding_window is not None and a.sliding_window < sequence_length:
+        seen = a.sliding_window - a.sliding_window**2 / (2 * sequence_length)
+    return 2 * a.num_attention_heads * a.kv_channels * seen
+
+
+def stage_flops(job: Job) -> list[StageFlops]:
+    """The operations of each of the student's stages."""
+    n, length = job.micro_tokens, job.sequence_length
+    recompute = job.config.student.recompute_granularity
+    layer = layer_flops(job.student, length)
+    again = {"none": 0.0, "full": layer}.get(
+        recompute, 2.0 * attention_products(job.student, length) / job.student.layout.tp
+    )
+    teacher_layer = 0.0 if job.teacher is None else layer_flops(job.teacher, length)
+    stages = []
+    for stage, layers in enumerate(job.student.layout.stage_layers):
+        teacher_layers = 0 if job.teacher is None else job.teacher.layout.stage_layers[stage]
+        is_last = stage == job.student.layout.pp - 1
+        stages.append(
+            StageFlops(
+                forward=n * layers * layer,
+                backward=n * layers * (2 * layer + again),
+                loss=n * _loss_flops(job) if is_last else 0.0,
+                teacher=n * teacher_layers * teacher_layer if job.is_dense else 0.0,
+            )
+        )
+    return stages
+
+
+def _loss_flops(job: Job) -> float:
+    """Logits, the gradients of hidden state and head, and the teacher's logits."""
+    products = 3 * job.student.architecture.hidden_size
+    if job.is_dense and job.teacher is not None:
+        products += job.teacher.architecture.hidden_size
+    return 2.0 * products * job.head_vocab / job.student.layout.tp

@@ -1,0 +1,194 @@
+"""What a configuration asks for, in the plain numbers that a plan is made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megakd.common.errors import UserError
+from megakd.config.architecture import GPTArchitecture
+from megakd.config.checks import check_architecture, check_config
+from megakd.config.schema import Config
+from megakd.losses.chunking import chunk_rows
+from megakd.parameters.sharding import padded_vocab_size
+from megakd.planning.layout import ModelLayout, split_layers
+from megakd.training.architectures import student_architecture, teacher_architecture
+
+_BYTES = {"fp32": 4, "bf16": 2}
+
+
+@dataclass(frozen=True)
+class Model:
+    """One of a run's models on its share of the ranks.
+
+    Attributes:
+        padded_vocab: rows of its embedding over all tensor ranks.
+        element_size: bytes of a weight and of an activation.
+    """
+
+    architecture: GPTArchitecture
+    layout: ModelLayout
+    padded_vocab: int
+    element_size: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run on a number of ranks.
+
+    Attributes:
+        teacher: the model that runs beside the student, None where there is none or a cache of it.
+        signal_bytes: of a token, for the teacher's side of the loss, where it comes from a cache.
+        head_vocab: rows of both heads over all tensor ranks, the student's padding.
+        chunk: rows of both models' logits that exist at a time.
+        fused_layers: Transformer Engine's layers, or torch's kernels on GPU, which keep less for backward than the
+            same steps on CPU do.
+    """
+
+    config: Config
+    world_size: int
+    device_type: str
+    student: Model
+    teacher: Model | None
+    signal_bytes: int
+    head_vocab: int
+    chunk: int
+    fused_layers: bool
+
+    @property
+    def sequence_length(self) -> int:
+        """Positions of a sample."""
+        return self.config.data.sequence_length
+
+    @property
+    def micro_tokens(self) -> int:
+        """Tokens of a microbatch."""
+        return self.config.data.micro_batch_size * self.sequence_length
+
+    @property
+    def num_microbatches(self) -> int:
+        """Microbatches that a rank goes through in a step."""
+        return self.config.data.global_batch_size // (self.config.data.micro_batch_size * self.student.layout.dp)
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of a step over all ranks."""
+        return self.config.data.global_batch_size * self.sequence_length
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the divergence is from a teacher's whole distributions."""
+        return self.teacher is not None and self.config.distill.kd_weight > 0
+
+    def num_steps(self) -> int | None:
+        """Steps of the run; None where that depends on how much data there is."""
+        schedule = self.config.schedule
+        if schedule.train_steps is not None:
+            return schedule.train_steps
+        return None if schedule.train_tokens is None else -(-schedule.train_tokens // self.step_tokens)
+
+
+def find_models(config: Config, shapes: Path | None) -> tuple[Config, list[str]]:
+    """The configuration with models that are not here described by their namesakes in `shapes`, and lines that say so.
+
+    Raises:
+        UserError: a model is neither here nor in `shapes`.
+    """
+    lines: list[str] = []
+
+    def found(key: str, path: str) -> str:
+        if Path(path).exists():
+            return path
+        named = None if shapes is None else shapes / Path(path).name
+        if named is None or not (named / "config.json").is_file():
+            known = "" if shapes is None or not shapes.is_dir() else f", and none of that name in {shapes}"
+            raise UserError(
+                f"{key} is {path}; there is no such folder{known}. A plan needs the model's config.json: put it into "
+                f"{path}, or into a folder {Path(path).name} under --models."
+            )
+        lines.append(f"{key}: {path} is not here; its shape is taken from {named}")
+        return str(named)
+
+    student, teacher = config.student, config.teacher
+    if student.init is not None:
+        init = student.init.model_copy(update={"path": found("student.init.path", student.init.path)})
+        student = student.model_copy(update={"init": init})
+    if teacher is not None and teacher.source == "online":
+        teacher = teacher.model_copy(update={"path": found("teacher.path", teacher.path)})
+    return config.model_copy(update={"student": student, "teacher": teacher}), lines
+
+
+def build_job(config: Config, world_size: int, device_type: str) -> Job:
+    """A run's numbers, all rules that need no data and no weights held against it.
+
+    Raises:
+        UserError: the first rule that does not hold.
+    """
+    check_config(config, world_size)
+    length, parallel = config.data.sequence_length, config.parallel
+    divisible_by = config.student.make_vocab_size_divisible_by
+    architecture = student_architecture(config)
+    check_architecture("student", architecture, parallel, length, has_stage_split=True, divisible_by=divisible_by)
+    element_size = _BYTES[config.run.dtype]
+    student = Model(
+        architecture,
+        _layout(config, world_size, architecture, is_student=True),
+        padded_vocab_size(architecture.vocab_size, divisible_by),
+        element_size,
+    )
+    teacher = None
+    if config.teacher is not None and config.teacher.source == "online":
+        shape = teacher_architecture(config)
+        check_architecture("teacher", shape, parallel, length, has_stage_split=False)
+        teacher = Model(
+            shape,
+            _layout(config, world_size, shape, is_student=False),
+            padded_vocab_size(shape.vocab_size, 128),
+            _BYTES[config.teacher.dtype or config.run.dtype],
+        )
+    dense = teacher is not None and config.distill.kd_weight > 0
+    chunk = chunk_rows(
+        config.data.micro_batch_size * length,
+        student.padded_vocab // student.layout.tp,
+        device_type=device_type,
+        chunk_mib=config.distill.loss_chunk_mib,
+        models=2 if dense else 1,
+    )
+    return Job(
+        config=config,
+        world_size=world_size,
+        device_type=device_type,
+        student=student,
+        teacher=teacher,
+        signal_bytes=_cached_bytes(config),
+        head_vocab=student.padded_vocab,
+        chunk=chunk,
+        fused_layers=device_type == "cuda",
+    )
+
+
+def with_settings(config: Config, settings: dict[str, object]) -> Config:
+    """The same configuration with `section.key` settings replaced."""
+    for name, value in settings.items():
+        section, key = name.split(".")
+        changed = getattr(config, section).model_copy(update={key: value})
+        config = config.model_copy(update={section: changed})
+    return config
+
+
+def _layout(config: Config, world_size: int, architecture: GPTArchitecture, *, is_student: bool) -> ModelLayout:
+    parallel = config.parallel
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    first = parallel.num_layers_in_first_pipeline_stage if is_student else None
+    last = parallel.num_layers_in_last_pipeline_stage if is_student else None
+    layers = split_layers(architecture.num_layers, pp, first, last)
+    return ModelLayout(tp, pp, world_size // (tp * pp), parallel.sequence_parallel and tp > 1, layers)
+
+
+def _cached_bytes(config: Config) -> int:
+    """Bytes of a token's ids and log-probabilities as the loss takes them out of a cache."""
+    if config.teacher is None or config.teacher.source != "cache":
+        return 0
+    cache = config.cache
+    ids = (cache.num_samples or 32) if cache.mode == "sampled" else (cache.k or 32) + (cache.tail_samples or 3)
+    return ids * (8 + 4) + 8

@@ -1,0 +1,192 @@
+"""An estimate of a step's time from operations, bytes and the cluster's figures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megakd.planning.activations import layer_bytes
+from megakd.planning.clusters import Cluster
+from megakd.planning.flops import StageFlops, stage_flops
+from megakd.planning.job import Job, Model
+from megakd.planning.schedule import forward_only, one_forward_one_backward
+from megakd.planning.stages import stage_parameters
+from megakd.planning.traffic import (
+    NOTHING,
+    Transfer,
+    boundary_transfer,
+    embedding_transfer,
+    gradient_transfer,
+    layer_transfer,
+    loss_transfer,
+)
+from megakd.training.flops import step_flops
+
+# Elementwise passes over the logits of both models in the fused loss, each reading or writing four bytes.
+_LOSS_PASSES = 8
+# Adam reads gradient, weight and two moments and writes three of them.
+_OPTIMIZER_BYTES = 28.0
+# What a layer keeps is written once; elementwise kernels read and write it about so often, forward.
+_ELEMENTWISE = 2.0
+
+
+@dataclass(frozen=True)
+class StageTiming:
+    """Seconds of one rank of a stage for one microbatch."""
+
+    forward: float
+    backward: float
+    loss: float
+    teacher: float
+
+
+@dataclass(frozen=True)
+class StepTiming:
+    """A step's seconds, by what they are spent on.
+
+    Attributes:
+        bubble: of the student's schedule, in which the slowest stage waits.
+        exposed: communication of data ranks that nothing hides.
+        mfu: the operations that the models need, recomputation aside, per second, over the cluster's peak.
+        transfers: what the busiest rank sends in a step, by purpose.
+    """
+
+    stages: list[StageTiming]
+    teacher: float
+    student: float
+    bubble: float
+    exposed: float
+    optimizer: float
+    mfu: float
+    transfers: dict[str, Transfer]
+
+    @property
+    def seconds(self) -> float:
+        """The whole step."""
+        return self.teacher + self.student + self.exposed + self.optimizer
+
+
+def step_timing(job: Job, cluster: Cluster) -> StepTiming:
+    """Estimate a step: the teacher's window, the student's schedule, the reduction, the update."""
+    stages = stage_timings(job, cluster)
+    count, layout = job.num_microbatches, job.student.layout
+    passing = [boundary_transfer(job, job.student, cluster, stage).seconds for stage in range(layout.pp - 1)]
+    ends = one_forward_one_backward([s.forward + s.loss for s in stages], [s.backward for s in stages], passing, count)
+    student = max(ends)
+    busiest = max(count * (s.forward + s.loss + s.backward) for s in stages)
+    teacher = 0.0
+    if job.is_dense and job.teacher is not None:
+        between = [boundary_transfer(job, job.teacher, cluster, stage).seconds for stage in range(layout.pp - 1)]
+        teacher = forward_only([s.teacher for s in stages], between, count)
+    exposed = max(_exposed(job, cluster, stage, stages[stage]) for stage in range(layout.pp))
+    optimizer = max(_optimizer_seconds(job, cluster, stage) for stage in range(layout.pp))
+    seconds = teacher + student + exposed + optimizer
+    needed = step_flops(
+        job.student.architecture,
+        job.teacher.architecture if job.is_dense and job.teacher is not None else None,
+        job.sequence_length,
+        job.step_tokens,
+    )
+    peak = cluster.tflops(job.student.element_size) * 1e12 * job.world_size
+    return StepTiming(
+        stages, teacher, student, max(0.0, student - busiest), exposed, optimizer, needed / (seconds * peak),
+        _step_transfers(job, cluster),
+    )  # fmt: skip
+
+
+def stage_timings(job: Job, cluster: Cluster) -> list[StageTiming]:
+    """The seconds of each of the student's stages."""
+    return [_stage_timing(job, cluster, stage, flops) for stage, flops in enumerate(stage_flops(job))]
+
+
+def _stage_timing(job: Job, cluster: Cluster, stage: int, flops: StageFlops) -> StageTiming:
+    layers = job.student.layout.stage_layers[stage]
+    forward = _model_seconds(job, cluster, job.student, flops.forward, layers)
+    backward = _model_seconds(job, cluster, job.student, flops.backward, 2 * layers)
+    forward += layer_transfer(job, job.student, cluster, backward=False).seconds * layers
+    backward += layer_transfer(job, job.student, cluster, backward=True).seconds * layers
+    if stage == 0:
+        forward += embedding_transfer(job, job.student, cluster, backward=False).seconds
+        backward += embedding_transfer(job, job.student, cluster, backward=True).seconds
+    if job.config.student.recompute_granularity == "full":
+        backward += layer_transfer(job, job.student, cluster, backward=False).seconds * layers
+    loss = 0.0
+    if stage == job.student.layout.pp - 1:
+        models = 2 if job.is_dense else 1
+        logits = models * job.micro_tokens * job.head_vocab / job.student.layout.tp * 4
+        loss = _product_seconds(cluster, flops.loss, job.student.element_size)
+        loss += _memory_seconds(cluster, _LOSS_PASSES * logits) + loss_transfer(job, cluster).seconds
+    teacher = 0.0
+    if job.is_dense and job.teacher is not None:
+        count = job.teacher.layout.stage_layers[stage]
+        teacher = _model_seconds(job, cluster, job.teacher, flops.teacher, count)
+        teacher += layer_transfer(job, job.teacher, cluster, backward=False).seconds * count
+        if stage == 0:
+            teacher += embedding_transfer(job, job.teacher, cluster, backward=False).seconds
+    return StageTiming(forward, backward, loss, teacher)
+
+
+def _model_seconds(job: Job, cluster: Cluster, model: Model, flops: float, layers: int) -> float:
+    """Products, and the elementwise work of so many passes through a layer."""
+    elementwise = _ELEMENTWISE * job.micro_tokens * layer_bytes(job, model) * layers
+    return _product_seconds(cluster, flops, model.element_size) + _memory_seconds(cluster, elementwise)
+
+
+def _product_seconds(cluster: Cluster, flops: float, element_size: int) -> float:
+    return flops / (cluster.tflops(element_size) * 1e12 * cluster.product_efficiency)
+
+
+def _memory_seconds(cluster: Cluster, size: float) -> float:
+    return size / (cluster.memory_gb_per_s * 1e9 * cluster.transfer_efficiency)
+
+
+def _optimizer_seconds(job: Job, cluster: Cluster, stage: int) -> float:
+    shards = job.student.layout.dp if job.config.optimizer.use_distributed_optimizer else 1
+    return _memory_seconds(cluster, _OPTIMIZER_BYTES * stage_parameters(job.student)[stage].count / shards)
+
+
+def _exposed(job: Job, cluster: Cluster, stage: int, timing: StageTiming) -> float:
+    """What of the data ranks' communication the last backward and the first forward pass do not hide."""
+    reduce, collect = gradient_transfer(job, cluster, stage)
+    optimizer = job.config.optimizer
+    left = reduce.seconds - (timing.backward if optimizer.overlap_grad_reduce else 0.0)
+    later = collect.seconds - (timing.forward if optimizer.overlap_param_gather else 0.0)
+    return max(0.0, left) + max(0.0, later)
+
+
+def _step_transfers(job: Job, cluster: Cluster) -> dict[str, Transfer]:
+    """By purpose, what the rank that sends most for it sends in a step."""
+    count, layout = job.num_microbatches, job.student.layout
+    transfers = {"student, tensor ranks": _largest(_student_transfers(job, cluster)).times(count)}
+    if job.is_dense and job.teacher is not None:
+        layer = layer_transfer(job, job.teacher, cluster, backward=False)
+        first, *others = [layer.times(layers) for layers in job.teacher.layout.stage_layers]
+        first = first.plus(embedding_transfer(job, job.teacher, cluster, backward=False))
+        transfers["teacher, tensor ranks"] = _largest([first, *others]).times(count)
+    transfers["loss, tensor ranks"] = loss_transfer(job, cluster).times(count)
+    if layout.pp > 1:
+        worst = [boundary_transfer(job, job.student, cluster, stage) for stage in range(layout.pp - 1)]
+        # Middle stages send activations on and gradients back.
+        transfers["student, stages"] = _largest(worst).times(count * (2 if layout.pp > 2 else 1))
+        if job.is_dense and job.teacher is not None:
+            worst = [boundary_transfer(job, job.teacher, cluster, stage) for stage in range(layout.pp - 1)]
+            transfers["teacher, stages"] = _largest(worst).times(count)
+    pairs = [gradient_transfer(job, cluster, stage) for stage in range(layout.pp)]
+    transfers["gradients, data ranks"] = _largest([reduce for reduce, _ in pairs])
+    transfers["parameters, data ranks"] = _largest([collect for _, collect in pairs])
+    return {name: transfer for name, transfer in transfers.items() if transfer != NOTHING}
+
+
+def _student_transfers(job: Job, cluster: Cluster) -> list[Transfer]:
+    """Of each stage's tensor ranks for one microbatch, there and back."""
+    layer, embedding = NOTHING, NOTHING
+    for backward in (False, True):
+        layer = layer.plus(layer_transfer(job, job.student, cluster, backward=backward))
+        embedding = embedding.plus(embedding_transfer(job, job.student, cluster, backward=backward))
+    if job.config.student.recompute_granularity == "full":
+        layer = layer.plus(layer_transfer(job, job.student, cluster, backward=False))
+    first, *others = [layer.times(layers) for layers in job.student.layout.stage_layers]
+    return [first.plus(embedding), *others]
+
+
+def _largest(transfers: list[Transfer]) -> Transfer:
+    return max(transfers, key=lambda transfer: transfer.seconds)

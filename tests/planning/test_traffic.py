@@ -1,0 +1,124 @@
+"""Bytes that a plan says a step moves, against those that a real step hands to its process groups."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megakd.config.schema import Config
+from megakd.planning.job import build_job
+from megakd.planning.timing import step_timing
+from megakd.planning.traffic import gather, send
+from tests.planning.jobs import CLUSTER
+from tests.training.runs import layout, run_values, save_llama, write_tokens
+
+LAYOUTS = {
+    "tensor": (2, layout(2, 1)),
+    "sequence": (2, layout(2, 1, parallel__sequence_parallel=True)),
+    "sequence_recomputed": (
+        2, layout(2, 1, parallel__sequence_parallel=True, student__recompute_granularity="full"),
+    ),
+    "pipeline": (2, layout(1, 2, parallel__num_layers_in_last_pipeline_stage=1)),
+    "pipeline_of_three": (3, layout(1, 3, parallel__num_layers_in_first_pipeline_stage=1,
+                                    parallel__num_layers_in_last_pipeline_stage=1)),
+    "data": (2, layout()),
+    "data_distributed_optimizer": (2, layout(optimizer__use_distributed_optimizer=True, run__dtype="bf16")),
+    "tensor_and_pipeline": (4, layout(2, 2, parallel__sequence_parallel=True,
+                                      parallel__num_layers_in_last_pipeline_stage=1)),
+}  # fmt: skip
+_NAMES = (
+    "allreduce", "all_gather_single", "reduce_scatter_single", "allreduce_coalesced", "all_gather_single_coalesced",
+    "reduce_scatter_single_coalesced",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("traffic")
+    # Wide enough that tokens' counts and norms, which no plan counts, do not matter.
+    for name, hidden, layers in (("student", 128, 3), ("teacher", 192, 6)):
+        save_llama(
+            folder / name, seed=1, vocab=1024, hidden_size=hidden, intermediate_size=256, num_hidden_layers=layers,
+            num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=128,
+        )  # fmt: skip
+    write_tokens(folder / "data", np.random.default_rng(1).integers(0, 1024, 64 * 64 + 1), 1024)
+    return folder
+
+
+@contextmanager
+def counted() -> Iterator[dict[str, float]]:
+    """Bytes that this rank sends inside: of collectives as a ring would, and of messages."""
+    import torch
+    import torch.distributed as dist
+
+    sent = {"collectives": 0.0, "messages": 0.0}
+
+    def ring(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(group: Any, *args: Any, **kwargs: Any) -> Any:
+            tensors = [t for argument in args for t in (argument if isinstance(argument, list) else [argument])]
+            sizes = [t.nbytes for t in tensors if isinstance(t, torch.Tensor)]
+            # Of a gather or scatter the larger tensor is the whole; several that go together are each whole.
+            whole = sum(sizes) if name == "allreduce_coalesced" else max(sizes)
+            sent["collectives"] += whole * (group.size() - 1) / group.size() * (2 if "allreduce" in name else 1)
+            return original(group, *args, **kwargs)
+
+        return call
+
+    def message(original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(group: Any, tensors: list[Any], *args: Any, **kwargs: Any) -> Any:
+            sent["messages"] += sum(tensor.nbytes for tensor in tensors)
+            return original(group, tensors, *args, **kwargs)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in _NAMES:
+            patch.setattr(dist.ProcessGroup, name, ring(name, getattr(dist.ProcessGroup, name)))
+        patch.setattr(dist.ProcessGroup, "send", message(dist.ProcessGroup.send))
+        yield sent
+
+
+def sent_bytes(values: dict[str, Any]) -> dict[str, float]:
+    """What this rank sends in its second step."""
+    from tests.training.runs import build
+
+    built = build(values)
+    built.train(0, 1)
+    with counted() as sent:
+        built.train(1, 2)
+    return sent
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_busiest_rank_sends_what_the_plan_says(run_ranks, files, name):
+    ranks, settings = LAYOUTS[name]
+    values = run_values(
+        files, data__sequence_length=64, data__micro_batch_size=2, data__global_batch_size=12, **settings
+    )
+    job = build_job(Config.model_validate(values), ranks, "cpu")
+    transfers = step_timing(job, CLUSTER).transfers
+    measured = run_ranks(ranks, sent_bytes, values)
+    stages = sum(t.link_bytes for name, t in transfers.items() if name.endswith("stages"))
+    if job.student.layout.pp > 1:
+        assert max(rank["messages"] for rank in measured) == pytest.approx(stages, rel=0.01)
+    if job.student.layout.pp == 1:
+        collectives = sum(t.link_bytes for name, t in transfers.items() if not name.endswith("stages"))
+        assert max(rank["collectives"] for rank in measured) == pytest.approx(collectives, rel=0.05)
+
+
+def test_a_group_over_nodes_uses_each_members_card():
+    # Eight ranks on two nodes of four: half of the bytes cross, a quarter of them over each card.
+    over, inside = gather(CLUSTER, list(range(8)), 800.0), gather(CLUSTER, list(range(4)), 800.0)
+    assert over.network_bytes == pytest.approx(800 / 4 / 2)
+    assert inside.network_bytes == 0.0 and inside.link_bytes == pytest.approx(600)
+    assert gather(CLUSTER, [3], 800.0).seconds == 0.0
+
+
+def test_messages_cross_where_stages_are_on_other_nodes():
+    assert send(CLUSTER, [0, 3], 100.0).link_bytes == 100.0
+    assert send(CLUSTER, [3, 4], 100.0).network_bytes == 100.0
