@@ -58,7 +58,7 @@ def test_options_may_stand_between_file_and_overrides(
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        ([], "no command given. Commands: train, evaluate, cache, inspect-cache, verify-cache, "),
+        ([], "no command given. Commands: train, plan, evaluate, cache, inspect-cache, verify-cache, "),
         (["trian"], "'trian' is not a command. Did you mean 'train'? Commands: train, "),
         (["xyz"], "'xyz' is not a command. Commands: train, "),
         (["config"], "config needs a YAML file, or --schema."),

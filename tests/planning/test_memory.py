@@ -29,7 +29,7 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Models, one of them tied, large enough that tensors outweigh what is counted in no plan: generators, sums, scalars."""
+    """Models, one of them tied, large enough that tensors outweigh what no plan counts: generators, sums, scalars."""
     folder = tmp_path_factory.mktemp("memory")
     for name, hidden in (("student", 128), ("tied", 128), ("teacher", 192)):
         save_llama(
