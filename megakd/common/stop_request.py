@@ -4,12 +4,26 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterable
+from dataclasses import dataclass
 from types import FrameType
 
 RESUME_STATUS = 75
 """What a run exits with that saved and wants to be started again (EX_TEMPFAIL of sysexits.h)."""
 
 _received: list[int] = []
+
+
+@dataclass(frozen=True)
+class Interruption:
+    """What ended a run before its time.
+
+    Attributes:
+        reason: a signal's name, or the limit that was reached.
+        outlook: what there is to go on from, and what the same command does; stands after "stopped by <reason>".
+    """
+
+    reason: str
+    outlook: str
 
 
 def listen(numbers: Iterable[signal.Signals]) -> None:

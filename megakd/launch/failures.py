@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from megakd.common.stop_request import Interruption
+
 AGENT_RECORD = "failures.json"
 AGENT_LOG = "torchrun.log"
 
@@ -56,15 +58,15 @@ def save_rank_error(folders: Sequence[Path], error: RankError) -> None:
     _write_somewhere(folders, rank_record(Path(), error.rank).name, json.dumps(asdict(error)))
 
 
-def save_interruption(folders: Sequence[Path], rank: int, reason: str) -> None:
-    """Write that a rank ended before its time, after a checkpoint, into the first folder with room."""
-    _write_somewhere(folders, f"rank-{rank}.interrupted", reason)
+def save_interruption(folders: Sequence[Path], rank: int, interruption: Interruption) -> None:
+    """Write that a rank ended before its time into the first folder with room."""
+    _write_somewhere(folders, f"rank-{rank}.interrupted", json.dumps(asdict(interruption)))
 
 
-def load_interruption(folders: Sequence[Path]) -> str | None:
-    """Why the ranks ended before their time, after a checkpoint; None where they did not."""
-    reasons = [path.read_text() for path in _all(folders, "rank-*.interrupted")]
-    return min(reasons, key=lambda reason: "another rank" in reason, default=None)
+def load_interruption(folders: Sequence[Path]) -> Interruption | None:
+    """Why the ranks ended before their time; None where they did not."""
+    found = [Interruption(**json.loads(path.read_text())) for path in _all(folders, "rank-*.interrupted")]
+    return min(found, key=lambda interruption: "another rank" in interruption.reason, default=None)
 
 
 def save_rank_exits(folders: Sequence[Path], name: str, exits: list[RankExit]) -> None:

@@ -140,8 +140,8 @@ def launch_ranks(
             watch.leave(own_reason or "its ranks have ended", is_cause=own_reason is not None)
         interruption = load_interruption(folders)
         if status == 0 and interruption is not None:
-            reason = signal.Signals(received[0]).name if received else interruption
-            print(f"stopped by {reason} after a checkpoint; the same command goes on from it", file=sys.stderr)
+            reason = signal.Signals(received[0]).name if received else interruption.reason
+            print(f"stopped by {reason} {interruption.outlook}", file=sys.stderr)
             return RESUME_STATUS
         if status == 0 and saves:
             return 0  # a signal came when nothing was left to be done

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from megakd.common.stop_request import Interruption
 from megakd.config.load import load_config
 from megakd.config.schema import Config
 
 
-def _train(config: Config, *flags: str) -> str | None:
+def _train(config: Config, *flags: str) -> Interruption | None:
     from megakd.training.loop import distill
 
     return distill(config, preflighted=True, accept_changes="accept-changes" in flags).interrupted
@@ -26,10 +27,10 @@ def _cache(config: Config, *flags: str) -> None:
     write_cache(config, dry_run="dry-run" in flags, overwrite="overwrite" in flags)
 
 
-ACTIONS: dict[str, Callable[..., str | None]] = {"train": _train, "evaluate": _evaluate, "cache": _cache}
+ACTIONS: dict[str, Callable[..., Interruption | None]] = {"train": _train, "evaluate": _evaluate, "cache": _cache}
 
 
-def main(args: list[str]) -> str | None:
+def main(args: list[str]) -> Interruption | None:
     """Run `args` = (action, path of the configuration, flags of the action); what interrupted it, if anything."""
     action, path, *flags = args
     interrupted = ACTIONS[action](load_config(path, []), *flags)

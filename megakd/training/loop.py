@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from megakd.common.errors import UserError
 from megakd.common.logging import configure_logging
+from megakd.common.stop_request import Interruption
 from megakd.common.watchdog import Watchdog
 from megakd.config.schema import Config
 from megakd.evaluation import Scores
@@ -27,14 +28,14 @@ class DistillResult:
     """What a run leaves behind: its folder, the exported student, the held-out scores by step.
 
     Attributes:
-        interrupted: what ended it before its time (a signal, the time limit), None where it came to its end. There is
-            a checkpoint then, and the same call goes on from it.
+        interrupted: what ended it before its time (a signal, the time limit) and what the same call does then; None
+            where it came to its end.
     """
 
     folder: Path
     exported: Path | None
     scores: dict[int, Scores]
-    interrupted: str | None = None
+    interrupted: Interruption | None = None
 
 
 def distill(config: Config, *, preflighted: bool = False, accept_changes: bool = False) -> DistillResult:

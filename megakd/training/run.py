@@ -16,7 +16,7 @@ from megakd.checkpoint.run_checkpoints import RunCheckpoints
 from megakd.common.errors import UserError
 from megakd.common.launch_time import launch_age_seconds, restart_count
 from megakd.common.logging import log
-from megakd.common.stop_request import stop_requested
+from megakd.common.stop_request import Interruption, stop_requested
 from megakd.common.watchdog import Watchdog
 from megakd.config.schema import Config
 from megakd.data.batches import TrainBatches
@@ -98,8 +98,8 @@ class Run:
         ):  # fmt: skip
             log.info(line)
 
-    def train(self) -> str | None:
-        """Train on. Returns what interrupted it, after a checkpoint; None at the run's end.
+    def train(self) -> Interruption | None:
+        """Train on. Returns what interrupted it, with all saved that could be; None at the run's end.
 
         Raises:
             UserError: there is no way on: steps without finite losses, a disk that fails, a checkpoint of another run.
@@ -144,7 +144,14 @@ class Run:
                     self._save(waits=True)
         finally:
             batches.close()
-        return interrupted
+        return Interruption(interrupted, self._outlook()) if interrupted is not None else None
+
+    def _outlook(self) -> str:
+        if not on_rank_0(lambda: bool(checkpoint_steps(self._checkpoints.folder))):
+            return "before the first checkpoint; the same command starts anew"
+        if not self.config.checkpoint.resume:
+            return "after a checkpoint; the same command starts anew (checkpoint.resume is false)"
+        return "after a checkpoint; the same command goes on from it"
 
     def evaluate_only(self) -> Scores:
         """Score the newest checkpoint's weights, or the initial ones; writes nothing."""

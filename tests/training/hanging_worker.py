@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 
-def main(args: list[str]) -> str | None:
+def main(args: list[str]) -> Any:
     """As megakd.launch.worker's; HANG says how rank 1 stops after six steps: sleep, or SIGSTOP."""
     from megakd.data.batches import TrainBatches
     from megakd.launch import worker

@@ -67,7 +67,8 @@ def run_distill(values: dict[str, Any], accept_changes: bool = False) -> str | N
     from megakd.config.load import config_from_dict
     from megakd.training.loop import distill
 
-    return distill(config_from_dict(values), accept_changes=accept_changes).interrupted
+    interrupted = distill(config_from_dict(values), accept_changes=accept_changes).interrupted
+    return interrupted.reason if interrupted is not None else None
 
 
 def run_and_listen(values: dict[str, Any], accept_changes: bool = False) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 STEP_SECONDS = 0.05
 
 
-def main(args: list[str]) -> str | None:
+def main(args: list[str]) -> Any:
     """As megakd.launch.worker's; steps take their time, and so do the beginning and the end of each part of a save."""
     from megakd.checkpoint import writer
     from megakd.launch import worker

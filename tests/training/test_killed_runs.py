@@ -177,6 +177,16 @@ def test_a_signal_saves_and_asks_to_be_gone_on_with(
     assert_same_run(tmp_path, whole, 40)
 
 
+def test_what_ends_a_run_before_its_first_step_leaves_no_checkpoint_and_is_not_said_to(
+    files: Path, tmp_path: Path, jobs: list[Job]
+) -> None:
+    jobs.append(Job(job_values(files, tmp_path, 40, run__time_limit_minutes=1e-4), 2))
+    assert jobs[0].end() == 75, jobs[0].log[-3000:]
+    last = jobs[0].log.splitlines()[-1]
+    assert last == "stopped by run.time_limit_minutes 0.0001 before the first checkpoint; the same command starts anew"
+    assert not list((tmp_path / "run" / "checkpoints").glob("step-*"))
+
+
 def test_sigterm_to_every_process_of_the_job_saves_too(
     files: Path, whole: Path, tmp_path: Path, jobs: list[Job]
 ) -> None:
