@@ -42,6 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(arguments: list[str]) -> int:
+    if arguments and arguments[0].startswith("-"):
+        # Options may stand before the command, as torchrun's do.
+        place = next((index for index, argument in enumerate(arguments) if argument in COMMANDS), 0)
+        arguments = [arguments[place], *arguments[:place], *arguments[place + 1 :]]
     name = arguments[0] if arguments else None
     if name in COMMANDS:
         _, subparsers = _build_parser([name])

@@ -8,7 +8,7 @@ import re
 from megakd.common.errors import UserError
 from megakd.config.load import load_config
 from megakd.config.schema import Config, ParallelSection
-from megakd.launch.nodes import DEFAULT_PORT, Nodes
+from megakd.launch.nodes import DEFAULT_PORT, Nodes, check_host
 
 
 def add_rank_options(parser: argparse.ArgumentParser, config_help: str = "YAML file") -> None:
@@ -79,6 +79,5 @@ def _nodes(args: argparse.Namespace) -> Nodes:
             f"--rendezvous is {args.rendezvous or 'missing'}; with several nodes it must be node 0's HOST or "
             "HOST:PORT, with a port from 1 to 65535 that is free there, the same on every node."
         )
-    nodes = Nodes(args.nnodes, args.node_rank, found[1], port)
-    nodes.address()  # a name that nobody knows is told before anything starts
-    return nodes
+    check_host(found[1], port)
+    return Nodes(args.nnodes, args.node_rank, found[1], port)

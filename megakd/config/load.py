@@ -44,6 +44,21 @@ def dump_config(config: Config) -> str:
     return format_yaml(config.model_dump())
 
 
+def dotted_settings(config: Config) -> dict[str, Any]:
+    """Every setting by its dotted key, defaults included, with values that JSON has."""
+    settings: dict[str, Any] = {}
+
+    def collect(value: Any, key: str) -> None:
+        if isinstance(value, Mapping) and value:
+            for name, entry in value.items():
+                collect(entry, f"{key}.{name}" if key else str(name))
+        else:
+            settings[key] = value
+
+    collect(config.model_dump(mode="json"), "")
+    return settings
+
+
 def config_schema() -> dict[str, Any]:
     """The JSON schema of configuration files, for editors that complete and check YAML."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Config.model_json_schema()}

@@ -9,16 +9,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from megakd.common.launch_time import LAUNCHED_AT
 from megakd.common.locks import try_lock
 from megakd.common.stop_request import RESUME_STATUS
 from megakd.common.watchdog import GRACE_SECONDS, describe_hang, load_hangs
-from megakd.config.load import dump_config
+from megakd.config.load import dotted_settings, dump_config
 from megakd.config.schema import Config
 from megakd.launch.failures import (
     AGENT_LOG,
@@ -29,8 +30,10 @@ from megakd.launch.failures import (
     load_rank_errors,
     load_rank_exits,
 )
-from megakd.launch.nodes import ALONE, Nodes, NodeWatch
-from megakd.launch.processes import adopted_orphans, rank_processes, signal_ranks
+from megakd.launch.meeting import MeetingStopped, meet
+from megakd.launch.node_watch import NodeWatch
+from megakd.launch.nodes import ALONE, Nodes
+from megakd.launch.processes import adopted_orphans, signal_ranks
 
 _RECORDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 # Slurm's warning and a preemption: what can save does, and ends so that the same command goes on.
@@ -60,14 +63,24 @@ def run_action(
     folder = Path(config.run.output_dir)
     path = folder / "config.yaml" if action == "train" else folder / "logs" / f"{action}.yaml"
     trains = action == "train"
-    with _held(folder) if trains and nodes.rank == 0 else nullcontext():
+
+    def write_config() -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
         partial.write_text(dump_config(config), encoding="utf-8")
         os.replace(partial, path)
-        command = ["megakd.launch.worker", action, str(path), *flags]
-        nproc_per_node = world_size // nodes.count
-        return launch_ranks(command, nproc_per_node, folder / "logs", max_restarts, saves=trains, nodes=nodes)
+
+    with _held(folder) if trains and nodes.rank == 0 else nullcontext():
+        return launch_ranks(
+            ["megakd.launch.worker", action, str(path), *flags],
+            world_size // nodes.count,
+            folder / "logs",
+            max_restarts,
+            saves=trains,
+            nodes=nodes,
+            terms={"the command": " ".join([action, *flags]), **dotted_settings(config)},
+            begin=write_config,
+        )
 
 
 @contextmanager
@@ -96,6 +109,8 @@ def launch_ranks(
     *,
     saves: bool = False,
     nodes: Nodes = ALONE,
+    terms: Mapping[str, Any] | None = None,
+    begin: Callable[[], None] = lambda: None,
 ) -> int:
     """Run `command` = (module, arguments) on every rank under torchrun and return the status to exit with.
 
@@ -107,52 +122,86 @@ def launch_ranks(
     thread. `log_dir` receives torchrun's log and one file per failed rank.
 
     Of several nodes each calls this, with a `log_dir` that all share; one that ends or falls silent ends the others.
+    Before ranks are started, `begin` is called, on node 0 alone, and all nodes must have the same `terms`: see
+    `megakd.launch.meeting`.
+
+    Raises:
+        UserError: other nodes do not come, or do not fit to this one.
     """
     log_dir = Path(log_dir).resolve()
     log_dir.mkdir(parents=True, exist_ok=True)
-    environment = _environment(nproc_per_node, nodes)
-    if nodes.rank == 0:
+    terms = {"--nproc-per-node": nproc_per_node, "--max-restarts": max_restarts, **(terms or {})}
+
+    def begin_anew() -> None:
         clear_records(log_dir)
-    watch = NodeWatch(log_dir, nodes)
+        begin()
+
     with tempfile.TemporaryDirectory(prefix="megakd-") as scratch_dir, _recorded_signals() as received:
-        options = {
-            "launcher_pid": os.getpid(),
-            "log_dir": str(log_dir),
-            "scratch_dir": scratch_dir,
-            "nproc_per_node": nproc_per_node,
-            "max_restarts": max_restarts,
-            "nodes": asdict(nodes),
-        }
-        folders = [log_dir, Path(scratch_dir)]
-        with adopted_orphans():
-            agent = subprocess.Popen(
-                [sys.executable, "-m", "megakd.launch.agent", json.dumps(options), *command],
-                env=environment,
-                start_new_session=True,
-            )
-            _wait(agent, received, folders, saves, watch)
-            ended_by_itself = agent.poll() is not None
-        status = agent.wait()
-        own_reason = _own_reason(status, received, ended_by_itself)
-        if status == 0:
-            watch.leave(None)
-        else:
-            watch.leave(own_reason or "its ranks have ended", is_cause=own_reason is not None)
-        interruption = load_interruption(folders)
-        if status == 0 and interruption is not None:
-            reason = signal.Signals(received[0]).name if received else interruption.reason
-            print(f"stopped by {reason} {interruption.outlook}", file=sys.stderr)
-            return RESUME_STATUS
-        if status == 0 and saves:
-            return 0  # a signal came when nothing was left to be done
-        if received:
-            print(f"stopped by {signal.Signals(received[0]).name}; all ranks have ended", file=sys.stderr)
-            return 128 + received[0]
-        return (
-            0
-            if status == 0
-            else _report_failure(status, log_dir, folders, nproc_per_node * nodes.count, own_reason, watch)
+        try:
+            nodes = meet(nodes, terms, log_dir, begin_anew, lambda: _name(received))
+        except MeetingStopped as stop:
+            print(f"stopped by {stop} before the ranks were started; the same command starts them", file=sys.stderr)
+            number = signal.Signals[stop.name]
+            return RESUME_STATUS if saves and number in _SAVING else 128 + number
+        job = _Job(log_dir, Path(scratch_dir), nproc_per_node, nodes, saves)
+        return _run(job, command, max_restarts, received)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """This node's part of a job; see launch_ranks."""
+
+    log_dir: Path
+    scratch_dir: Path
+    nproc_per_node: int
+    nodes: Nodes
+    saves: bool
+
+    @property
+    def folders(self) -> list[Path]:
+        """Where the ranks leave what is to be told: the first has room, or else the second."""
+        return [self.log_dir, self.scratch_dir]
+
+
+def _run(job: _Job, command: list[str], max_restarts: int, received: list[int]) -> int:
+    """Run torchrun's process to its end and tell how it ended."""
+    watch = NodeWatch(job.log_dir, job.nodes)
+    options = {
+        "launcher_pid": os.getpid(),
+        "log_dir": str(job.log_dir),
+        "scratch_dir": str(job.scratch_dir),
+        "nproc_per_node": job.nproc_per_node,
+        "max_restarts": max_restarts,
+        "nodes": asdict(job.nodes),
+    }
+    with adopted_orphans():
+        agent = subprocess.Popen(
+            [sys.executable, "-m", "megakd.launch.agent", json.dumps(options), *command],
+            env=_environment(job.nproc_per_node, job.nodes),
+            start_new_session=True,
         )
+        _wait(agent, received, job.folders, job.saves, watch)
+        ended_by_itself = agent.poll() is not None
+    status = agent.wait()
+    own_reason = _own_reason(status, received, ended_by_itself)
+    if status == 0:
+        watch.leave(None)
+    else:
+        watch.leave(own_reason or "its ranks have ended", is_cause=own_reason is not None)
+    interruption = load_interruption(job.folders)
+    if status == 0 and interruption is not None:
+        print(f"stopped by {_name(received) or interruption.reason} {interruption.outlook}", file=sys.stderr)
+        return RESUME_STATUS
+    if status == 0 and job.saves:
+        return 0  # a signal came when nothing was left to be done
+    if received:
+        print(f"stopped by {_name(received)}; all ranks have ended", file=sys.stderr)
+        return 128 + received[0]
+    return _report_failure(job, status, own_reason, watch) if status != 0 else 0
+
+
+def _name(received: list[int]) -> str | None:
+    return signal.Signals(received[0]).name if received else None
 
 
 def _own_reason(status: int, received: list[int], ended_by_itself: bool) -> str | None:
@@ -166,7 +215,9 @@ def _own_reason(status: int, received: list[int], ended_by_itself: bool) -> str 
 
 def _environment(nproc_per_node: int, nodes: Nodes) -> dict[str, str]:
     """This process's environment, with threads shared out over the ranks and the same megakd importable."""
-    environment = {**nodes.environment(), **os.environ}
+    # Gloo would otherwise take the address of the machine's own name, which often stands for its loopback.
+    interface = nodes.interface()
+    environment = {"GLOO_SOCKET_IFNAME": interface, **os.environ} if interface is not None else dict(os.environ)
     cores = len(os.sched_getaffinity(0))
     environment[LAUNCHED_AT] = repr(time.time())
     environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // nproc_per_node)))
@@ -196,7 +247,6 @@ def _wait(
     saving_since: float | None = None
     hanging_since: float | None = None
     gone_since: float | None = None
-    have_met = False
     while True:
         try:
             agent.wait(_POLL_SECONDS)
@@ -212,9 +262,7 @@ def _wait(
         hangs = load_hangs(folders[0])
         if hangs and hanging_since is None:
             hanging_since = now
-        # Before there are ranks, other nodes may not have come, and what is told of them may be an earlier job's.
-        have_met = have_met or (not watch.is_alone and bool(rank_processes(agent.pid)))
-        if have_met and gone_since is None and watch.gone() is not None:
+        if gone_since is None and watch.gone() is not None:
             gone_since = now
         if received and saves and received[0] in _SAVING:
             # Again and again: a rank that is only starting does not listen yet.
@@ -239,17 +287,16 @@ def _wait(
             deadline = now + _GRACE_SECONDS
 
 
-def _report_failure(
-    status: int, log_dir: Path, folders: list[Path], world_size: int, own_reason: str | None, watch: NodeWatch
-) -> int:
+def _report_failure(job: _Job, status: int, own_reason: str | None, watch: NodeWatch) -> int:
     """Print the failure the others followed from, its line last; return the exit status."""
     gone = watch.wait_for_the_others()
-    hangs = load_hangs(log_dir)
+    hangs = load_hangs(job.log_dir)
     if hangs:
-        print(f"stacks of the ranks: {log_dir}/rank-*.hang", file=sys.stderr)
+        print(f"stacks of the ranks: {job.log_dir}/rank-*.hang", file=sys.stderr)
+        world_size = job.nproc_per_node * job.nodes.count
         print(f"error: {describe_hang(hangs, world_size)}; all ranks were ended", file=sys.stderr)
         return 1
-    failure = first_failure(load_rank_errors(folders), load_rank_exits(folders))
+    failure = first_failure(load_rank_errors(job.folders), load_rank_exits(job.folders))
     if isinstance(failure, RankError) and failure.user_error:
         print(f"error: {failure.message}", file=sys.stderr)
         return 2
@@ -266,6 +313,6 @@ def _report_failure(
         line = gone.line
     else:
         line = f"torchrun ended with status {status} before any rank failed"
-    print(f"torchrun's log: {log_dir / watch.nodes.file(AGENT_LOG)}", file=sys.stderr)
+    print(f"torchrun's log: {job.log_dir / job.nodes.file(AGENT_LOG)}", file=sys.stderr)
     print(f"error: {line}", file=sys.stderr)
     return 1

@@ -34,6 +34,13 @@ def test_config_prints_what_loads_back(file: str, tmp_path: Path, capsys: pytest
     assert load_config(tmp_path / "printed.yaml") == load_config(file, ["optimizer.lr=2e-3", "run.seed=7"])
 
 
+def test_options_may_stand_before_the_command(file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--world-size", "1", "config", file, "run.seed=7"]) == 0
+    assert "seed: 7" in capsys.readouterr().out
+    assert main(["--nnodes", "2", "--node-rank", "5", "train", file]) == 2
+    assert capsys.readouterr().err.startswith("error: --node-rank is 5; with --nnodes 2")
+
+
 def test_config_prints_the_schema(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["config", "--schema"]) == 0
     assert json.loads(capsys.readouterr().out) == config_schema()

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,14 @@ TIMEOUT_SECONDS = 240.0
 
 
 class Job:
-    """A training job of `ranks` ranks, or a node of one with so many; what it prints is in `log`."""
+    """A training job of `ranks` ranks, or a node of one with so many; what it prints is in `log`.
+
+    `prefix` is what the command begins with; it must become the command, as `ip netns exec` does.
+    """
 
     def __init__(self, values: dict[str, Any], ranks: int, *, max_restarts: int = 0,
-                 worker: str = "megakd.launch.worker", nodes: Nodes = ALONE) -> None:  # fmt: skip
+                 worker: str = "megakd.launch.worker", nodes: Nodes = ALONE,
+                 prefix: Sequence[str] = ()) -> None:  # fmt: skip
         self.folder = Path(values["run"]["output_dir"])
         self.folder.mkdir(parents=True, exist_ok=True)
         self.ranks = ranks
@@ -41,7 +46,7 @@ class Job:
         self._start = self._log.stat().st_size if self._log.exists() else 0
         with self._log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", LAUNCH, worker, str(config), str(ranks), str(self.folder / "logs"),
+                [*prefix, sys.executable, "-c", LAUNCH, worker, str(config), str(ranks), str(self.folder / "logs"),
                  str(max_restarts), json.dumps(asdict(nodes))],
                 cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=log, stderr=subprocess.STDOUT,
                 start_new_session=True,

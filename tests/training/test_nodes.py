@@ -1,4 +1,4 @@
-"""Two launchers that meet over loopback are one job, in which no node outlives what befell another."""
+"""Two launchers on a network of their own are one job, in which no node outlives what befell another."""
 
 from __future__ import annotations
 
@@ -6,19 +6,21 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
-from megakd.launch.nodes import Nodes
 from tests.training.jobs import Job
+from tests.training.networks import Network, two_machines
 from tests.training.runs import layout, run_values, write_run_files
 from tests.training.test_killed_runs import assert_same_run
 
 STEPS = 40
 SLOW = "tests.training.interruptible_worker"
+Start = Callable[..., list[Job]]
 
 
 def values_of(files: Path, out: Path) -> dict[str, Any]:
@@ -42,44 +44,56 @@ def whole(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.fixture(scope="module")
+def network(pytestconfig: pytest.Config) -> Iterator[Network]:
+    with two_machines() as network:
+        with pytestconfig.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+            print(f"\njobs on two nodes: {network.kind}")
+        yield network
+
+
 @pytest.fixture
-def started() -> Iterator[list[Job]]:
-    """Jobs that end with the test."""
+def start(files: Path, tmp_path: Path, network: Network) -> Iterator[Start]:
+    """`start()`: two nodes of one rank each, node 0 first in the list; they end with the test."""
     jobs: list[Job] = []
-    yield jobs
+
+    def start(max_restarts: int = 0, worker: str = SLOW) -> list[Job]:
+        both = [
+            Job(values_of(files, tmp_path), 1, max_restarts=max_restarts, worker=worker, nodes=nodes,
+                prefix=network.prefixes[nodes.rank])
+            for nodes in reversed(network.nodes())
+        ]  # fmt: skip
+        jobs.extend(both)
+        return both[::-1]
+
+    yield start
     for job in jobs:
         job.kill()
-
-
-def start_nodes(started: list[Job], values: dict[str, Any], max_restarts: int = 0, worker: str = SLOW) -> list[Job]:
-    """Two nodes of one rank each."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    nodes = [
-        Job(values, 1, max_restarts=max_restarts, worker=worker, nodes=Nodes(2, rank, "127.0.0.1", port))
-        for rank in (1, 0)
-    ]
-    started += nodes
-    return nodes[::-1]
 
 
 def last_line(job: Job) -> str:
     return job.log.splitlines()[-1]
 
 
-def test_two_nodes_end_as_one_with_as_many_ranks(files: Path, whole: Path, tmp_path: Path, started: list[Job]) -> None:
-    nodes = start_nodes(started, values_of(files, tmp_path), worker="megakd.launch.worker")
+def assert_goes_on(start: Start, whole: Path, out: Path) -> None:
+    """The same commands resume and end with the weights of a run that nothing disturbed."""
+    nodes = start(worker="megakd.launch.worker")
+    assert [job.end() for job in nodes] == [0, 0], [job.log[-3000:] for job in nodes]
+    assert "resumed from" in nodes[0].log + nodes[1].log
+    assert_same_run(out, whole, STEPS)
+
+
+def test_two_nodes_end_as_one_with_as_many_ranks(whole: Path, tmp_path: Path, start: Start) -> None:
+    nodes = start(worker="megakd.launch.worker")
     assert [node.end() for node in nodes] == [0, 0], [node.log[-3000:] for node in nodes]
     assert_same_run(tmp_path, whole, STEPS)
 
 
-@pytest.mark.parametrize("max_restarts", [0, 3])
-@pytest.mark.parametrize("node", [0, 1])
+@pytest.mark.parametrize(("node", "max_restarts"), [(0, 3), (1, 0)])
 def test_a_killed_torchrun_ends_the_other_node_with_the_reason(
-    files: Path, whole: Path, tmp_path: Path, started: list[Job], max_restarts: int, node: int
+    whole: Path, tmp_path: Path, start: Start, node: int, max_restarts: int
 ) -> None:
-    nodes = start_nodes(started, values_of(files, tmp_path), max_restarts)
+    nodes = start(max_restarts)
     nodes[0].wait_for_step(12)
     os.kill(nodes[node].agent().pid, signal.SIGKILL)
     killed = time.monotonic()
@@ -89,15 +103,12 @@ def test_a_killed_torchrun_ends_the_other_node_with_the_reason(
     assert last_line(nodes[node]) == f"error: {reason}"
     assert last_line(nodes[1 - node]) == f"error: node {node} ({socket.gethostname()}): {reason}"
     if max_restarts == 0:
-        nodes = start_nodes(started, values_of(files, tmp_path), worker="megakd.launch.worker")
-        assert [job.end() for job in nodes] == [0, 0], [job.log[-3000:] for job in nodes]
-        assert "resumed from" in nodes[0].log + nodes[1].log
-        assert_same_run(tmp_path, whole, STEPS)
+        assert_goes_on(start, whole, tmp_path)
 
 
-def test_a_silent_node_ends_the_other(files: Path, tmp_path: Path, started: list[Job]) -> None:
+def test_a_silent_node_ends_the_other(start: Start) -> None:
     """Its launcher is killed, and torchrun with it: nobody is left there to say why."""
-    nodes = start_nodes(started, values_of(files, tmp_path), max_restarts=3)
+    nodes = start(max_restarts=3)
     nodes[0].wait_for_step(12)
     os.kill(nodes[1].process.pid, signal.SIGKILL)
     killed = time.monotonic()
@@ -106,24 +117,25 @@ def test_a_silent_node_ends_the_other(files: Path, tmp_path: Path, started: list
     assert last_line(nodes[0]).startswith(f"error: node 1 ({socket.gethostname()}) gave no sign of life for 3")
 
 
-def test_a_killed_rank_is_started_again_on_both_nodes(
-    files: Path, whole: Path, tmp_path: Path, started: list[Job]
-) -> None:
-    nodes = start_nodes(started, values_of(files, tmp_path), max_restarts=3)
+def test_a_killed_rank_is_started_again_on_both_nodes(whole: Path, tmp_path: Path, start: Start) -> None:
+    nodes = start(max_restarts=3)
     nodes[0].wait_for_step(12)
     os.kill(nodes[1].rank_pids()[0], signal.SIGKILL)
     assert [job.end() for job in nodes] == [0, 0], [job.log[-3000:] for job in nodes]
     assert_same_run(tmp_path, whole, STEPS)
 
 
-def test_a_signal_to_one_node_saves_and_stops_both(
-    files: Path, whole: Path, tmp_path: Path, started: list[Job]
-) -> None:
-    nodes = start_nodes(started, values_of(files, tmp_path))
+@pytest.mark.parametrize("to", ["the launcher of one node", "every process of both nodes"])
+def test_a_signal_saves_and_stops_both_nodes(whole: Path, tmp_path: Path, start: Start, to: str) -> None:
+    """Slurm sends its warning to all processes of a step at once."""
+    nodes = start()
     nodes[0].wait_for_step(7)
-    nodes[1].process.send_signal(signal.SIGUSR1)
+    pids = [nodes[1].process.pid]
+    if to == "every process of both nodes":
+        found = [psutil.Process(job.process.pid) for job in nodes]
+        pids = [process.pid for job in found for process in (*job.children(recursive=True), job)]
+    for pid in pids:
+        os.kill(pid, signal.SIGUSR1)
     assert [job.end() for job in nodes] == [75, 75], [job.log[-3000:] for job in nodes]
     assert last_line(nodes[1]) == "stopped by SIGUSR1 after a checkpoint; the same command goes on from it"
-    nodes = start_nodes(started, values_of(files, tmp_path), worker="megakd.launch.worker")
-    assert [job.end() for job in nodes] == [0, 0], [job.log[-3000:] for job in nodes]
-    assert_same_run(tmp_path, whole, STEPS)
+    assert_goes_on(start, whole, tmp_path)
