@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +26,13 @@ def run_ranks() -> Iterator[Callable[..., list[Any]]]:
     pools = RankPools()
     yield pools.run_ranks
     pools.close()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def outside_slurm() -> None:
+    """The tests may run inside a Slurm allocation, whose nodes they are not for."""
+    for name in [name for name in os.environ if name.startswith("SLURM_")]:
+        del os.environ[name]
 
 
 class _Messages(logging.Handler):

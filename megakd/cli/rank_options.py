@@ -6,9 +6,11 @@ import argparse
 import re
 
 from megakd.common.errors import UserError
+from megakd.common.logging import log
 from megakd.config.load import load_config
 from megakd.config.schema import Config, ParallelSection
 from megakd.launch.nodes import DEFAULT_PORT, Nodes, check_host
+from megakd.launch.slurm import gpus_on_node, slurm_step
 
 
 def add_rank_options(parser: argparse.ArgumentParser, config_help: str = "YAML file") -> None:
@@ -16,10 +18,18 @@ def add_rank_options(parser: argparse.ArgumentParser, config_help: str = "YAML f
     parser.add_argument("config", help=config_help)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
     parser.add_argument("--nproc-per-node", type=int, default=None, help="ranks to start (default: GPUs, or TP x PP)")
-    parser.add_argument("--nnodes", type=int, default=1, help="nodes of the job; the command is started on each")
-    parser.add_argument("--node-rank", type=int, default=None, help="this node's number, from 0")
     parser.add_argument(
-        "--rendezvous", default=None, metavar="HOST[:PORT]", help=f"node 0's address, port {DEFAULT_PORT} if not given"
+        "--nnodes",
+        type=int,
+        default=None,
+        help="nodes of the job; the command is started on each (default: Slurm's, or 1)",
+    )
+    parser.add_argument("--node-rank", type=int, default=None, help="this node's number, from 0 (default: Slurm's)")
+    parser.add_argument(
+        "--rendezvous",
+        default=None,
+        metavar="HOST[:PORT]",
+        help=f"node 0's address, port {DEFAULT_PORT} if not given (default: Slurm's first host)",
     )
 
 
@@ -40,7 +50,7 @@ def choose_nproc_per_node(parallel: ParallelSection, nproc_per_node: int | None,
     """`nproc_per_node` where given, else one rank per GPU, else on CPU a node's share of one model replica's ranks.
 
     Raises:
-        UserError: a replica's ranks do not divide into the nodes.
+        UserError: a replica's ranks do not divide into the nodes, or Slurm gave GPUs that torch does not see.
     """
     if nproc_per_node is not None:
         return nproc_per_node
@@ -48,6 +58,11 @@ def choose_nproc_per_node(parallel: ParallelSection, nproc_per_node: int | None,
 
     if torch.cuda.is_available():
         return torch.cuda.device_count()
+    if gpus := gpus_on_node():
+        raise UserError(
+            f"SLURM_GPUS_ON_NODE is {gpus}, and torch sees no GPU: torch {torch.__version__} may be built without "
+            "CUDA, or not fit the driver. Install one that does, or give --nproc-per-node to run on CPU all the same."
+        )
     model_ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
     share, rest = divmod(model_ranks * parallel.context_parallel_size, num_nodes)
     if rest or not share:
@@ -59,25 +74,33 @@ def choose_nproc_per_node(parallel: ParallelSection, nproc_per_node: int | None,
 
 
 def _nodes(args: argparse.Namespace) -> Nodes:
-    if args.nnodes < 1:
+    """The options, and where one is not given what Slurm says."""
+    if args.nnodes is not None and args.nnodes < 1:
         raise UserError(f"--nnodes is {args.nnodes}; it must be at least 1.")
-    if args.nnodes == 1:
-        for name in ("node_rank", "rendezvous"):
-            if getattr(args, name) not in (None, 0):
-                option = f"--{name.replace('_', '-')}"
-                raise UserError(f"{option} is {getattr(args, name)} and has no effect with --nnodes 1. Leave it out.")
+    step = slurm_step() if args.nnodes != 1 and None in (args.nnodes, args.node_rank, args.rendezvous) else None
+    count, rank, rendezvous = args.nnodes or 1, args.node_rank, args.rendezvous
+    if step is not None:
+        count = args.nnodes or len(step.hosts)
+        rank = step.rank if rank is None else rank
+        rendezvous = rendezvous or f"{step.hosts[0]}:{step.port}"
+        if rank == 0:
+            log.info(step.describe())
+    if count == 1:
+        for option, value in (("--node-rank", rank), ("--rendezvous", rendezvous)):
+            if value not in (None, 0):
+                raise UserError(f"{option} is {value} and has no effect with --nnodes 1. Leave it out.")
         return Nodes()
-    if args.node_rank is None or not 0 <= args.node_rank < args.nnodes:
+    if rank is None or not 0 <= rank < count:
         raise UserError(
-            f"--node-rank is {'missing' if args.node_rank is None else args.node_rank}; with --nnodes {args.nnodes} "
-            f"each node has its own, from 0 to {args.nnodes - 1}."
+            f"--node-rank is {'missing' if rank is None else rank}; with --nnodes {count} each node has its own, from "
+            f"0 to {count - 1}."
         )
-    found = re.fullmatch(r"([^\s:]+)(?::(\d{1,5}))?", args.rendezvous or "")
+    found = re.fullmatch(r"([^\s:]+)(?::(\d{1,5}))?", rendezvous or "")
     port = int(found[2] or DEFAULT_PORT) if found else 0
     if found is None or not 0 < port < 2**16:
         raise UserError(
-            f"--rendezvous is {args.rendezvous or 'missing'}; with several nodes it must be node 0's HOST or "
+            f"--rendezvous is {rendezvous or 'missing'}; with several nodes it must be node 0's HOST or "
             "HOST:PORT, with a port from 1 to 65535 that is free there, the same on every node."
         )
     check_host(found[1], port)
-    return Nodes(args.nnodes, args.node_rank, found[1], port)
+    return Nodes(count, rank, found[1], port)

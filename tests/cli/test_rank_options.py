@@ -58,6 +58,44 @@ def test_options_that_do_not_fit(parsed: Any, options: str, line: str) -> None:
     assert str(caught.value).startswith(line)
 
 
+STEP = {
+    "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "localhost,b", "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NODELIST": "localhost,b", "SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_NODEID": "0",
+}  # fmt: skip
+
+
+def test_slurms_nodes(parsed: Any, monkeypatch: pytest.MonkeyPatch, log_messages: list[str]) -> None:
+    for name, value in STEP.items():
+        monkeypatch.setenv(name, value)
+    assert parsed("--nproc-per-node 4") == (8, Nodes(2, 0, "localhost", 20007))
+    assert log_messages == ["Slurm job 7: 2 nodes (localhost, b), meeting at localhost:20007"]
+
+
+def test_options_win_over_slurms_variables(
+    parsed: Any, monkeypatch: pytest.MonkeyPatch, log_messages: list[str]
+) -> None:
+    for name, value in STEP.items():
+        monkeypatch.setenv(name, value)
+    four = "--nproc-per-node 4"
+    assert parsed(f"{four} --rendezvous 127.0.0.1:99") == (8, Nodes(2, 0, "127.0.0.1", 99))
+    assert parsed(f"{four} --node-rank 1") == (8, Nodes(2, 1, "localhost", 20007))
+    assert parsed(f"{four} --nnodes 3") == (12, Nodes(3, 0, "localhost", 20007))
+    log_messages.clear()
+    monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", "8(x2)")  # is not looked at where options say all
+    assert parsed(f"{four} --nnodes 1") == (4, Nodes())
+    assert parsed(f"{four} --nnodes 2 --node-rank 0 --rendezvous localhost") == (8, Nodes(2, 0, "localhost", 29400))
+    assert log_messages == []
+    with pytest.raises(UserError, match=r"^SLURM_STEP_TASKS_PER_NODE is 8\(x2\); it must be 1"):
+        parsed(four)
+
+
+def test_gpus_that_torch_does_not_see(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
+    assert choose_nproc_per_node(ParallelSection(), 1) == 1
+    with pytest.raises(UserError, match=r"^SLURM_GPUS_ON_NODE is 8, and torch sees no GPU: torch 2.* Install one that"):
+        choose_nproc_per_node(ParallelSection(), None)
+
+
 def test_a_host_that_nobody_knows(parsed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def unknown(*_: object, **__: object) -> None:
         raise socket.gaierror(-2, "Name or service not known")
