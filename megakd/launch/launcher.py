@@ -17,6 +17,7 @@ from typing import Any
 
 from megakd.common.launch_time import LAUNCHED_AT
 from megakd.common.locks import try_lock
+from megakd.common.logging import log
 from megakd.common.stop_request import RESUME_STATUS
 from megakd.common.watchdog import GRACE_SECONDS, describe_hang, load_hangs
 from megakd.config.load import dotted_settings, dump_config
@@ -80,7 +81,27 @@ def run_action(
             nodes=nodes,
             terms={"the command": " ".join([action, *flags]), **dotted_settings(config)},
             begin=write_config,
+            variables=lambda met: _gpu_variables(config, met),
         )
+
+
+def _gpu_variables(config: Config, nodes: Nodes) -> dict[str, str]:
+    """What ranks on GPUs need in their environment, said on node 0; nothing on CPU."""
+    import torch
+
+    from megakd.platform import gpu_environment, lowest_compute_capability
+
+    if not torch.cuda.is_available():
+        return {}
+    variables, line = gpu_environment(
+        compute_capability=lowest_compute_capability(),
+        tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
+        hang_timeout_seconds=config.safeguards.hang_timeout_seconds,
+        interface=nodes.interface(),
+    )
+    if nodes.rank == 0:
+        log.info(line)
+    return variables
 
 
 @contextmanager
@@ -111,6 +132,7 @@ def launch_ranks(
     nodes: Nodes = ALONE,
     terms: Mapping[str, Any] | None = None,
     begin: Callable[[], None] = lambda: None,
+    variables: Callable[[Nodes], dict[str, str]] = lambda _: {},
 ) -> int:
     """Run `command` = (module, arguments) on every rank under torchrun and return the status to exit with.
 
@@ -123,7 +145,7 @@ def launch_ranks(
 
     Of several nodes each calls this, with a `log_dir` that all share; one that ends or falls silent ends the others.
     Before ranks are started, `begin` is called, on node 0 alone, and all nodes must have the same `terms`: see
-    `megakd.launch.meeting`.
+    `megakd.launch.meeting`. `variables` are set for the ranks; it is called when the nodes have met.
 
     Raises:
         UserError: other nodes do not come, or do not fit to this one.
@@ -144,7 +166,7 @@ def launch_ranks(
             number = signal.Signals[stop.name]
             return RESUME_STATUS if saves and number in _SAVING else 128 + number
         job = _Job(log_dir, Path(scratch_dir), nproc_per_node, nodes, saves)
-        return _run(job, command, max_restarts, received)
+        return _run(job, command, max_restarts, received, variables(nodes))
 
 
 @dataclass(frozen=True)
@@ -163,7 +185,7 @@ class _Job:
         return [self.log_dir, self.scratch_dir]
 
 
-def _run(job: _Job, command: list[str], max_restarts: int, received: list[int]) -> int:
+def _run(job: _Job, command: list[str], max_restarts: int, received: list[int], variables: dict[str, str]) -> int:
     """Run torchrun's process to its end and tell how it ended."""
     watch = NodeWatch(job.log_dir, job.nodes)
     options = {
@@ -177,7 +199,7 @@ def _run(job: _Job, command: list[str], max_restarts: int, received: list[int]) 
     with adopted_orphans():
         agent = subprocess.Popen(
             [sys.executable, "-m", "megakd.launch.agent", json.dumps(options), *command],
-            env=_environment(job.nproc_per_node, job.nodes),
+            env=_environment(job.nproc_per_node, job.nodes) | variables,
             start_new_session=True,
         )
         _wait(agent, received, job.folders, job.saves, watch)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 
 import numpy as np
 import torch.distributed as dist
@@ -15,16 +16,21 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 
 class GroupPool:
-    """Process groups by their ranks, each made once. All ranks of the world must ask for the same sequence."""
+    """Process groups by their ranks, each made once. All ranks of the world must ask for the same sequence.
 
-    def __init__(self) -> None:
+    `timeout` is after how long their communication gives up; by default it is the backend's, for NCCL 10 minutes,
+    whatever the world's is.
+    """
+
+    def __init__(self, timeout: timedelta | None = None) -> None:
+        self._timeout = timeout
         self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
 
     def group(self, ranks: Sequence[int]) -> dist.ProcessGroup:
         """The group of these global ranks, in this order."""
         key = tuple(int(rank) for rank in ranks)
         if key not in self._groups:
-            self._groups[key] = dist.new_group(list(key))
+            self._groups[key] = dist.new_group(list(key), timeout=self._timeout)
         return self._groups[key]
 
 

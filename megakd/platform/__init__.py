@@ -8,13 +8,17 @@ from megakd.platform.device import (
     prepare_megatron,
     shutdown_distributed,
 )
+from megakd.platform.gpu_environment import communication_timeout, gpu_environment, lowest_compute_capability
 
 __all__ = [
     "Accelerations",
     "Platform",
     "build_platform",
+    "communication_timeout",
     "detect_accelerations",
+    "gpu_environment",
     "init_distributed",
+    "lowest_compute_capability",
     "prepare_megatron",
     "resolve_layer_spec",
     "shutdown_distributed",

@@ -16,6 +16,8 @@ import torch.distributed as dist
 
 from megakd.platform import cpu_substitutes
 
+DEFAULT_TIMEOUT = timedelta(minutes=30)
+
 
 @dataclass(frozen=True)
 class Platform:
@@ -28,6 +30,14 @@ class Platform:
     def is_cuda(self) -> bool:
         """Whether tensors live on a GPU."""
         return self.device.type == "cuda"
+
+    @property
+    def compute_capability(self) -> float | None:
+        """The GPU's, 9.0 for Hopper; None on CPU."""
+        if not self.is_cuda:
+            return None
+        major, minor = torch.cuda.get_device_capability(self.device)
+        return major + minor / 10
 
     def synchronize(self) -> None:
         """Wait for the device; a no-op on CPU."""
@@ -49,8 +59,6 @@ def build_platform() -> Platform:
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
-        # Sequence-parallel overlap in megatron-core relies on kernels being launched in order on one queue.
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         return Platform(device, "nccl")
     return Platform(torch.device("cpu"), "gloo")
 
@@ -67,14 +75,14 @@ def prepare_megatron() -> None:
         cpu_substitutes.apply_cpu_substitutes()
 
 
-def init_distributed(platform: Platform, timeout_minutes: float = 30.0) -> None:
+def init_distributed(platform: Platform, timeout: timedelta = DEFAULT_TIMEOUT) -> None:
     """Join torchrun's process group, or make a group of one where the process was started by hand.
 
-    Does nothing where torch.distributed is already initialised.
+    Does nothing where torch.distributed is already initialised. `timeout` is that of the world's communication alone;
+    other groups have their own.
     """
     if dist.is_initialized():
         return
-    timeout = timedelta(minutes=timeout_minutes)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         dist.init_process_group(platform.backend, timeout=timeout)
     else:

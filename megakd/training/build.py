@@ -20,6 +20,7 @@ from megakd.models.gpt import HiddenStateGPT, build_gpt
 from megakd.models.parameters import canonical_parameters
 from megakd.parallel.mesh import GroupPool, ModelMesh, build_model_mesh
 from megakd.parameters.sharding import padded_vocab_size
+from megakd.platform import communication_timeout
 from megakd.teacher import CachedTeacher, OnlineTeacher, build_online_teacher
 from megakd.training.architectures import student_architecture, teacher_architecture
 from megakd.training.teacher_cache import place_samples
@@ -40,7 +41,7 @@ class Student:
 
 def build_meshes(config: Config) -> tuple[ModelMesh, ModelMesh | None]:
     """The student's mesh and, where there is a teacher, the teacher's own: so far both have one layout."""
-    pool = GroupPool()
+    pool = GroupPool(communication_timeout(config.safeguards.hang_timeout_seconds))
     is_online = config.teacher is not None and config.teacher.source == "online"
     return build_mesh(config, pool), build_mesh(config, pool) if is_online else None
 

@@ -30,7 +30,14 @@ from megakd.losses.sparse_targets import BLOCK_COLUMNS
 from megakd.parallel.mesh import GroupPool
 from megakd.parallel.random_state import seed_megatron
 from megakd.parallel.rank_0 import on_rank_0
-from megakd.platform import Platform, build_platform, detect_accelerations, init_distributed, resolve_layer_spec
+from megakd.platform import (
+    Platform,
+    build_platform,
+    communication_timeout,
+    detect_accelerations,
+    init_distributed,
+    resolve_layer_spec,
+)
 from megakd.teacher.recording import SampleRecord, TeacherRecorder
 from megakd.training.architectures import teacher_architecture
 from megakd.training.build import build_mesh, build_teacher
@@ -59,7 +66,7 @@ def write_cache(config: Config, *, dry_run: bool = False, overwrite: bool = Fals
         UserError: the configuration or a file it names cannot be used, or the folder is another's.
     """
     platform = build_platform()
-    init_distributed(platform)
+    init_distributed(platform, communication_timeout(config.safeguards.hang_timeout_seconds))
     configure_logging(dist.get_rank())
     run = _CacheRun(config, platform)
     if dry_run:
@@ -84,7 +91,7 @@ class _CacheRun:
         assert config.teacher is not None
         self.config, self.platform = config, platform
         self.path = cache_folder(config)
-        self.mesh = build_mesh(config, GroupPool())
+        self.mesh = build_mesh(config, GroupPool(communication_timeout(config.safeguards.hang_timeout_seconds)))
         seed_megatron(config.run.seed, self.mesh)  # megatron-core asks for its random state, dropout or not
         accelerations = detect_accelerations()
         layer_spec = resolve_layer_spec(config.run.layer_spec, accelerations)

@@ -10,13 +10,13 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megakd.common.errors import UserError
-from megakd.common.logging import configure_logging
+from megakd.common.logging import configure_logging, log
 from megakd.common.stop_request import Interruption
 from megakd.common.watchdog import Watchdog
 from megakd.config.schema import Config
 from megakd.evaluation import Scores
 from megakd.parallel.rank_0 import on_rank_0
-from megakd.platform import build_platform, init_distributed
+from megakd.platform import build_platform, communication_timeout, gpu_environment, init_distributed
 from megakd.training.preflight import preflight
 from megakd.training.run import Run
 from megakd.training.run_folder import LOGS
@@ -73,8 +73,17 @@ def evaluate_run(config: Config, *, preflighted: bool = False) -> Scores:
 def _started(config: Config, preflighted: bool, accept_changes: bool) -> Iterator[Run]:
     """The run's objects, watched while they are used."""
     platform = build_platform()
-    init_distributed(platform)
+    init_distributed(platform, communication_timeout(config.safeguards.hang_timeout_seconds))
     configure_logging(dist.get_rank())
+    if platform.is_cuda:
+        missing, _ = gpu_environment(
+            compute_capability=platform.compute_capability,
+            tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
+            hang_timeout_seconds=config.safeguards.hang_timeout_seconds,
+        )
+        if missing:  # only without the launcher
+            settings = ", ".join(f"{name}={value}" for name, value in missing.items())
+            log.warning(f"not in the environment of the ranks: {settings}; it is too late to set them here")
     if not preflighted:
         # On rank 0 alone, since it reads tokenizers.
         on_rank_0(lambda: preflight(config, dist.get_world_size(), accept_changes=accept_changes))

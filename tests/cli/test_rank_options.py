@@ -139,3 +139,20 @@ def test_two_jobs_do_not_train_in_one_folder(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(launcher, "launch_ranks", launch)
     assert launcher.run_action("train", once, 1) == 0
     assert launcher.run_action("train", once, 1) == 0  # the first has ended
+
+
+def test_the_environment_of_ranks_on_gpus_is_said_on_node_0(
+    monkeypatch: pytest.MonkeyPatch, log_messages: list[str]
+) -> None:
+    two = config(parallel__tensor_model_parallel_size=2)
+    assert launcher._gpu_variables(two, Nodes()) == {}
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("megakd.platform.lowest_compute_capability", lambda: 9.0)
+    expected = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": "2100"}
+    for name in expected:
+        monkeypatch.delenv(name, raising=False)
+    assert launcher._gpu_variables(two, Nodes()) == expected
+    assert log_messages == ["GPU environment: set CUDA_DEVICE_MAX_CONNECTIONS=1, TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC=2100"]
+    on_loopback = launcher._gpu_variables(two, Nodes(2, 1, address="127.0.0.1"))
+    assert on_loopback == expected | {"NCCL_SOCKET_IFNAME": "=lo"}
+    assert len(log_messages) == 1
