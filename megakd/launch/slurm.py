@@ -38,7 +38,7 @@ class SlurmStep:
 
     def describe(self) -> str:
         """One line for the log."""
-        again = f", requeued {self.restarts} times" if self.restarts else ""
+        again = f", start {self.restarts + 1}" if self.restarts else ""
         shown = ", ".join(self.hosts[:4]) + (f", ... {self.hosts[-1]}" if len(self.hosts) > 4 else "")
         return f"Slurm job {self.job}{again}: {len(self.hosts)} nodes ({shown}), meeting at {self.hosts[0]}:{self.port}"
 

@@ -71,9 +71,7 @@ def test_a_requeued_job_of_many_nodes() -> None:
     hosts = {"SLURM_STEP_NODELIST": "n[1-64]", "SLURM_JOB_NODELIST": "n[1-64]", "SLURM_RESTART_COUNT": "2"}
     step = slurm_step(STEP | hosts)
     assert step is not None and step.restarts == 2
-    assert step.describe().startswith(
-        "Slurm job 4711, requeued 2 times: 64 nodes (n1, n2, n3, n4, ... n64), meeting at n1:"
-    )
+    assert step.describe().startswith("Slurm job 4711, start 3: 64 nodes (n1, n2, n3, n4, ... n64), meeting at n1:")
 
 
 def test_a_step_on_some_of_the_nodes() -> None:

@@ -5,17 +5,22 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from tests.training.jobs import Job
+from megakd.config.load import config_from_dict, dump_config
+from tests.training.jobs import ROOT, TIMEOUT_SECONDS, Job
 from tests.training.networks import Network, two_machines
 from tests.training.runs import layout, run_values, write_run_files
+from tests.training.slurm import SCRIPT, fake_slurm
 from tests.training.test_killed_runs import assert_same_run
 
 STEPS = 40
@@ -139,3 +144,55 @@ def test_a_signal_saves_and_stops_both_nodes(whole: Path, tmp_path: Path, start:
     assert [job.end() for job in nodes] == [75, 75], [job.log[-3000:] for job in nodes]
     assert last_line(nodes[1]) == "stopped by SIGUSR1 after a checkpoint; the same command goes on from it"
     assert_goes_on(start, whole, tmp_path)
+
+
+def free_slurm_job() -> int:
+    """The number of a job whose port is free."""
+    for job in range(os.getpid() % 5000, 9000):
+        with socket.socket() as free:
+            if free.connect_ex(("127.0.0.1", 20000 + job)) != 0:
+                return job
+    raise AssertionError("no port is free")
+
+
+def test_the_slurm_script_saves_goes_into_the_queue_and_completes(files: Path, whole: Path, tmp_path: Path) -> None:
+    """Two nodes on loopback; Slurm's warning goes to every process of the step, and not to the script or srun."""
+    fake_slurm(tmp_path)
+    config = tmp_path / "my.yaml"
+    config.write_text(dump_config(config_from_dict(values_of(files, tmp_path))))
+    environment = {
+        **os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "FAKE_SLURM": str(tmp_path), "PYTHON": sys.executable,
+        "SLURM_JOB_ID": str(free_slurm_job()), "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "127.0.0.[1-2]",
+    }  # fmt: skip
+
+    def submit(**variables: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            ["bash", str(SCRIPT), str(config)], cwd=ROOT, env=environment | variables, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+
+    metrics, first = tmp_path / "run" / "metrics.jsonl", submit()
+    started = [first]
+    try:
+        while not metrics.exists() or metrics.read_bytes().count(b"\n") < 7:
+            assert first.poll() is None, first.communicate()
+            time.sleep(0.005)
+        tasks = [psutil.Process(int(pid)) for pid in (tmp_path / "tasks").read_text().split()]
+        for process in [process for task in tasks for process in (*task.children(recursive=True), task)]:
+            process.send_signal(signal.SIGUSR1)
+        log = first.communicate(timeout=TIMEOUT_SECONDS)[0]
+        assert first.returncode == 75, log[-3000:]
+        assert log.count("stopped by SIGUSR1 after a checkpoint; the same command goes on from it") == 2
+        assert f"Slurm job {environment['SLURM_JOB_ID']}: 2 nodes (127.0.0.1, 127.0.0.2), meeting at 127.0.0.1:" in log
+        assert (tmp_path / "calls").read_text() == f"scontrol requeue {environment['SLURM_JOB_ID']}\n"
+        second = submit(SLURM_RESTART_COUNT="1")
+        started.append(second)
+        log = second.communicate(timeout=TIMEOUT_SECONDS)[0]
+        assert second.returncode == 0, log[-3000:]
+    finally:
+        for script in started:
+            with suppress(ProcessLookupError):
+                os.killpg(script.pid, signal.SIGKILL)
+    assert ", start 2: 2 nodes" in log and "resumed from" in log
+    assert (tmp_path / "calls").read_text().count("requeue") == 1
+    assert_same_run(tmp_path, whole, STEPS)
