@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -21,6 +23,19 @@ def summed_rank(offset: int) -> tuple[int, torch.Tensor]:
     total = torch.tensor([dist.get_rank() + offset])
     dist.all_reduce(total)
     return os.getpid(), total
+
+
+def make_group_in_a_circle() -> None:
+    holder: list[object] = [dist.new_group([0, 1])]
+    holder.append(holder)
+
+
+def groups_and_threads() -> tuple[int, int]:
+    return len(dist.distributed_c10d._world.pg_map), psutil.Process().num_threads()
+
+
+def frozen_objects() -> int:
+    return gc.get_freeze_count()
 
 
 def fail_on_last_rank() -> None:
@@ -43,6 +58,18 @@ def test_results_come_in_rank_order_from_the_same_processes(run_ranks):
     assert [r[1].item() for r in second] == [41, 41]
     assert [r[0] for r in first] == [r[0] for r in second]
     assert len({r[0] for r in first}) == 2
+
+
+def test_groups_of_a_call_end_with_it(run_ranks):
+    before = run_ranks(2, groups_and_threads)
+    for _ in range(3):
+        run_ranks(2, make_group_in_a_circle)
+    assert run_ranks(2, groups_and_threads) == before
+
+
+def test_what_a_rank_begins_with_is_never_collected(run_ranks):
+    """Otherwise each collection between two calls takes longer than most calls."""
+    assert run_ranks(1, frozen_objects)[0] > 100_000
 
 
 def test_a_rank_fails_and_the_next_call_works(run_ranks):

@@ -183,10 +183,11 @@ def _serve(connection: Connection, rank: int, world_size: int, directory: str) -
 
 def _leave_groups() -> None:
     """Leave every group but the world: each of gloo's has a thread that wakes a hundred times a second."""
-    for group in list(dist.distributed_c10d._world.pg_map):
-        if group is not dist.group.WORLD:
-            dist.destroy_process_group(group)
-    gc.collect()  # models hold groups, in circles
+    groups = [group for group in dist.distributed_c10d._world.pg_map if group is not dist.group.WORLD]
+    for group in groups:
+        dist.destroy_process_group(group)
+    if groups:
+        gc.collect()  # models hold groups, in circles
 
 
 def prepare_platform() -> None:
