@@ -31,6 +31,7 @@ def apply_cpu_substitutes() -> None:
     _substitute_streams()
     _substitute_device_arguments()
     _substitute_type_names()
+    _import_without_compiling()
     _substitute_random_state()
 
 
@@ -114,6 +115,17 @@ def _substitute_type_names() -> None:
         return answer.replace("torch.", "torch.cuda.", 1) if isinstance(answer, str) else answer
 
     torch.Tensor.type = type_  # type: ignore[method-assign, assignment]
+
+
+def _import_without_compiling() -> None:
+    # megatron-core takes torch.compile for its fusions when it is imported. They are off on CPU, and what compiles is
+    # as much to import again as torch itself, in every process. torch.compile is left as it was for others.
+    torch_compile = torch.compile
+    torch.compile = lambda function: function  # type: ignore[assignment]
+    try:
+        import megatron.core.jit  # noqa: F401
+    finally:
+        torch.compile = torch_compile
 
 
 def _substitute_random_state() -> None:

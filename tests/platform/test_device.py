@@ -52,7 +52,9 @@ dist.all_reduce(total)
 assert dist.get_world_size() == 1 and total.tolist() == [1.0, 1.0]
 shutdown_distributed()
 assert not dist.is_initialized()
-import megatron.core.models.gpt, megatron.core.optimizer
+compile_ = torch.compile
+import sys, megatron.core.models.gpt, megatron.core.optimizer, megakd.training.loop
+assert torch.compile is compile_ and compile_.__module__ == "torch" and "torch._inductor.compile_fx" not in sys.modules
 print("done")
 """
 
