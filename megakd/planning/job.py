@@ -99,8 +99,8 @@ def find_models(config: Config, shapes: Path | None) -> tuple[Config, list[str]]
     def found(key: str, path: str) -> str:
         if Path(path).exists():
             return path
-        named = None if shapes is None else shapes / Path(path).name
-        if named is None or not (named / "config.json").is_file():
+        named = _namesake(Path(path).name, shapes)
+        if named is None:
             known = "" if shapes is None or not shapes.is_dir() else f", and none of that name in {shapes}"
             raise UserError(
                 f"{key} is {path}; there is no such folder{known}. A plan needs the model's config.json: put it into "
@@ -116,6 +116,14 @@ def find_models(config: Config, shapes: Path | None) -> tuple[Config, list[str]]
     if teacher is not None and teacher.source == "online":
         teacher = teacher.model_copy(update={"path": found("teacher.path", teacher.path)})
     return config.model_copy(update={"student": student, "teacher": teacher}), lines
+
+
+def _namesake(name: str, shapes: Path | None) -> Path | None:
+    """The folder of this name, or of its longest beginning up to a hyphen: Qwen2.5-7B for Qwen2.5-7B-Instruct."""
+    if shapes is None or not shapes.is_dir():
+        return None
+    folders = [file.parent for file in shapes.glob("*/config.json") if f"{name}-".startswith(f"{file.parent.name}-")]
+    return max(folders, key=lambda folder: len(folder.name), default=None)
 
 
 def build_job(config: Config, world_size: int, device_type: str) -> Job:

@@ -88,9 +88,10 @@ def scaled_down(values: dict[str, Any], folder: Path) -> dict[str, Any]:
     parallel, data = values["parallel"], values["data"]
     for key in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
         parallel[key] = min(parallel[key], 2)
-    for key in ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"):
+    # Of the small student's four layers on two stages.
+    for key, layers in (("num_layers_in_first_pipeline_stage", 3), ("num_layers_in_last_pipeline_stage", 1)):
         if key in parallel:
-            parallel[key] = 1
+            parallel[key] = layers
     for seed, section in enumerate(model_keys(values)):
         section["path"] = str(_small_model(folder / section["path"], shape_folder(section["path"]), seed))
     data |= {"sequence_length": SEQUENCE, "micro_batch_size": 1, "global_batch_size": 4}
