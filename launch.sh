@@ -4,6 +4,7 @@
 #   ./launch.sh quickstart                       distil a small real teacher on this machine
 #   ./launch.sh test [pytest arguments]          run the tests
 #   ./launch.sh train configs/x.yaml [k=v ...]   train as the file says; settings after it replace the file's
+#   ./launch.sh train FILE --nnodes 2 ...        on several nodes, also under Slurm: docs/launching.md
 #   ./launch.sh COMMAND --help                   any other command of `python -m megakd`
 #
 # Installs nothing where the active Python has all requirements. Otherwise it makes .venv beside this file.

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -65,13 +65,15 @@ def run_action(
     path = folder / "config.yaml" if action == "train" else folder / "logs" / f"{action}.yaml"
     trains = action == "train"
 
-    def write_config() -> None:
+    def begin() -> None:
+        if trains:
+            held.enter_context(_held(folder))
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
         partial.write_text(dump_config(config), encoding="utf-8")
         os.replace(partial, path)
 
-    with _held(folder) if trains and nodes.rank == 0 else nullcontext():
+    with ExitStack() as held:
         return launch_ranks(
             ["megakd.launch.worker", action, str(path), *flags],
             world_size // nodes.count,
@@ -80,7 +82,7 @@ def run_action(
             saves=trains,
             nodes=nodes,
             terms={"the command": " ".join([action, *flags]), **dotted_settings(config)},
-            begin=write_config,
+            begin=begin,
             variables=lambda met: _gpu_variables(config, met),
         )
 
@@ -155,8 +157,8 @@ def launch_ranks(
     terms = {"--nproc-per-node": nproc_per_node, "--max-restarts": max_restarts, **(terms or {})}
 
     def begin_anew() -> None:
-        clear_records(log_dir)
         begin()
+        clear_records(log_dir)
 
     with tempfile.TemporaryDirectory(prefix="megakd-") as scratch_dir, _recorded_signals() as received:
         try:

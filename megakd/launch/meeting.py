@@ -31,7 +31,7 @@ _SAY_SECONDS = 10.0
 _CONNECT_SECONDS = 5.0
 _GREETING_SECONDS = 10.0
 # What listens where node 0 should may be an earlier job's, about to end.
-_STRANGER_SECONDS = 15.0
+_STRANGER, _STRANGER_SECONDS = "another program", 15.0
 # A shared file system may show a new file late.
 _SEE_SECONDS = 20.0
 _POLL_SECONDS = 0.2
@@ -157,9 +157,11 @@ class _Reception:
         inbox: Inbox = Queue()
         try:
             wire = connect(self._nodes.host, self._nodes.port, _CONNECT_SECONDS, inbox)
-            greeting = inbox.get(timeout=_GREETING_SECONDS)[1]
+            greeting = inbox.get(timeout=_GREETING_SECONDS)[1] or {}
+            problem = None if greeting.get("job") == self.job else f"{greeting.get('node', _STRANGER)} answers there"
+            if problem is not None:
+                wire.send(_introduction(self._nodes, self._terms, sees=True))  # two nodes 0: it is told as well
             wire.close()
-            problem = None if (greeting or {}).get("job") == self.job else "another program answers there"
         except OSError as error:
             problem = error.strerror or str(error)
         except Empty:
@@ -187,8 +189,8 @@ class _Reception:
 
     def _welcome(self, wire: Wire, message: dict[str, Any]) -> None:
         rank, count = int(message["rank"]), self._nodes.count
-        name, earlier = f"node {rank} ({message['host']})", self._guests.get(rank)
-        if earlier is not None:
+        name = f"node {rank} ({message['host']})"
+        if rank in self._names:
             raise UserError(
                 f"--node-rank is {rank} on two nodes, {self._names[rank]} and {name}; each node has its own, from 0 to "
                 f"{count - 1}."
@@ -240,7 +242,7 @@ def _come(
         until = time.monotonic() + _SEE_SECONDS
         while not (sees := sign.exists()) and time.monotonic() < until and stopped() is None:
             time.sleep(_POLL_SECONDS)
-        wire.send({"rank": nodes.rank, "host": socket.gethostname(), "terms": dict(terms), "sees": sees})
+        wire.send(_introduction(nodes, terms, sees))
         # Node 0 has the same patience, and says so when it is over.
         word = _hear(wire, inbox, stopped, deadline + JOIN_SECONDS)
     finally:
@@ -252,6 +254,10 @@ def _come(
     if "error" in word:
         raise UserError(str(word["error"]))
     return replace(nodes, address=wire.own_address, job=str(greeting["job"]))
+
+
+def _introduction(nodes: Nodes, terms: Mapping[str, Any], sees: bool) -> dict[str, Any]:
+    return {"rank": nodes.rank, "host": socket.gethostname(), "terms": dict(terms), "sees": sees}
 
 
 def _find_node_0(
@@ -267,7 +273,7 @@ def _find_node_0(
             if greeting is not None and {"job", "node"} <= greeting.keys():
                 return wire, greeting
             wire.close()
-            problem, stranger_since = "another program answers there", stranger_since or time.monotonic()
+            problem, stranger_since = f"{_STRANGER} answers there", stranger_since or time.monotonic()
         except OSError as error:
             problem, stranger_since = error.strerror or str(error), None
         if name := stopped():

@@ -6,6 +6,7 @@ import argparse
 import os
 import signal
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -127,9 +128,13 @@ def test_a_signal_before_there_are_ranks_asks_to_be_started_again(
 
 
 def test_two_jobs_do_not_train_in_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    once = config(run__output_dir=str(tmp_path / "run"))
+    once, begun = config(run__output_dir=str(tmp_path / "run")), []
 
-    def launch(*_: object, **__: object) -> int:
+    def launch(*_: object, begin: Callable[[], None], **__: object) -> int:
+        begin()
+        if begun:
+            return 0
+        begun.append(True)
         with pytest.raises(
             UserError, match=r"^run.output_dir is .*run; another job trains there. Wait for it, or give"
         ):

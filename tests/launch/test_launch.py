@@ -181,7 +181,7 @@ def test_a_signal_while_torchruns_process_ends_prints_nothing(tmp_path: Path) ->
     command = [sys.executable, "-c", signalled_at_exit, str(tmp_path)]
     ended = subprocess.run(
         [*command, "tests.launch.workers_for_launch", "succeed", str(tmp_path)],
-        cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_SECONDS,
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=TIMEOUT_SECONDS,
     )  # fmt: skip
     assert (ended.returncode, ended.stderr) == (0, "")
 

@@ -181,6 +181,22 @@ def test_a_host_that_is_not_node_0(
         ]
 
 
+def test_two_nodes_0(party: Callable[[int], Party], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second is on another machine, from which the rendezvous leads to the first."""
+    three, other = party(3), free_port()
+    three.start(0)
+    three.wait_for_node_0()
+    first, three.port = three.port, other
+    connect = socket.create_connection
+    monkeypatch.setattr(socket, "create_connection", lambda _, timeout: connect(("127.0.0.1", first), timeout))
+    three.start(0)
+    assert three.problems() == [
+        f"--node-rank is 0 on two nodes, node 0 ({HOST}) and node 0 ({HOST}); each node has its own, from 0 to 2.",
+        f"--rendezvous is 127.0.0.1:{other}, which does not lead to this machine, {HOST} (node 0 ({HOST}) answers "
+        "there); it must be node 0's own name or address. Give that on every node, or another --node-rank here.",
+    ]
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_signal_to_one_node_ends_those_that_have_come(
     party: Callable[[int], Party], monkeypatch: pytest.MonkeyPatch, rank: int
