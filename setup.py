@@ -33,7 +33,10 @@ DEV_REQUIRES = [
     "types-PyYAML>=6.0",
     # Comes with CUDA builds of torch; here to run the kernels in its interpreter.
     "triton>=3.6",
+    # Optional where a run is to appear on Weights & Biases; its offline mode is tested.
+    "wandb>=0.31",
 ]
+WANDB_REQUIRES = ["wandb>=0.31"]
 # NVIDIA Apex (fused Adam and norms) is installed from NVIDIA's source repository: the package called `apex` on PyPI
 # is another project.
 GPU_REQUIRES = ["transformer-engine[pytorch]>=2.0"]
@@ -52,8 +55,8 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10,<3.14",
     packages=find_packages(include=["megakd", "megakd.*"]),
-    package_data={"megakd": ["py.typed"]},
+    package_data={"megakd": ["py.typed", "report/page.css", "report/page.js"]},
     install_requires=INSTALL_REQUIRES,
-    extras_require={"gpu": GPU_REQUIRES, "dev": DEV_REQUIRES},
+    extras_require={"gpu": GPU_REQUIRES, "wandb": WANDB_REQUIRES, "dev": DEV_REQUIRES},
     entry_points={"console_scripts": ["megakd=megakd.cli.main:main"]},
 )

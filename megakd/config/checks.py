@@ -7,6 +7,7 @@ from typing import Literal
 
 from megakd.common.errors import UserError
 from megakd.config.architecture import GPTArchitecture
+from megakd.config.logging_checks import check_profile, check_profiled_ranks
 from megakd.config.schema import Config, ParallelSection
 
 Role = Literal["student", "teacher"]
@@ -39,9 +40,11 @@ def check_config(config: Config, world_size: int | None = None) -> None:
     check_stage_split(config)
     check_written_architecture(config)
     check_micro_batches(config)
+    check_profile(config)
     if world_size is not None:
         check_world_size(config, world_size)
         check_global_batch(config, world_size)
+        check_profiled_ranks(config, world_size)
 
 
 def check_cache_config(config: Config, world_size: int) -> None:

@@ -259,11 +259,36 @@ class SafeguardsSection(Section):
     )
 
 
+class WandbSection(Section):
+    """The run on Weights & Biases, which must be installed (pip install wandb)."""
+
+    project: str = Field(min_length=1, description="Project that the run appears in.")
+    entity: str | None = Field(default=None, min_length=1, description="User or team; the account's own by default.")
+    group: str | None = Field(default=None, min_length=1, description="Runs of one group are shown together.")
+    tags: list[Annotated[str, Field(min_length=1, max_length=64)]] = Field(
+        default=[], description="Words to find it by."
+    )
+    mode: Literal["online", "offline"] = Field(
+        default="online", description="Send figures as they come, or keep them for `wandb sync`."
+    )
+
+
+class ProfileSection(Section):
+    """torch.profiler's traces, in <run.output_dir>/profile."""
+
+    steps: list[Annotated[int, Field(ge=1)]] = Field(
+        min_length=2, max_length=2, description="First and last step that are traced, counted from 1."
+    )
+    ranks: list[Annotated[int, Field(ge=0)]] = Field(default=[0], min_length=1, description="Ranks that trace them.")
+
+
 class LoggingSection(Section):
     """What is written while the run goes on."""
 
-    log_interval: int = Field(default=10, gt=0, description="Steps per line on the console.")
+    log_interval: int = Field(default=10, gt=0, description="Steps per line on the console and in step_times.jsonl.")
     tensorboard: bool = Field(default=True, description="Write TensorBoard events to <run.output_dir>/tensorboard.")
+    wandb: WandbSection | None = Field(default=None, description="Also send the figures to Weights & Biases.")
+    profile: ProfileSection | None = Field(default=None, description="Trace some steps with torch.profiler.")
 
 
 class EvaluationSection(Section):

@@ -9,10 +9,15 @@ from megakd.platform.device import (
     shutdown_distributed,
 )
 from megakd.platform.gpu_environment import communication_timeout, gpu_environment, lowest_compute_capability
+from megakd.platform.memory import MemoryMeter
+from megakd.platform.step_clock import NOT_TIMED, StepClock
 
 __all__ = [
+    "NOT_TIMED",
     "Accelerations",
+    "MemoryMeter",
     "Platform",
+    "StepClock",
     "build_platform",
     "communication_timeout",
     "detect_accelerations",

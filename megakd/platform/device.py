@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import resource
-import sys
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,6 +13,8 @@ import torch
 import torch.distributed as dist
 
 from megakd.platform import cpu_substitutes
+from megakd.platform.memory import MemoryMeter
+from megakd.platform.step_clock import DeviceMarks, StepClock
 
 DEFAULT_TIMEOUT = timedelta(minutes=30)
 
@@ -44,12 +44,15 @@ class Platform:
         if self.is_cuda:
             torch.cuda.synchronize(self.device)
 
-    def peak_memory_bytes(self) -> int:
-        """Most bytes held so far: allocated by torch on a GPU, resident in the process on CPU."""
-        if self.is_cuda:
-            return torch.cuda.max_memory_allocated(self.device)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
+    def memory_meter(self) -> MemoryMeter:
+        """A meter of this process's memory, from now on."""
+        return MemoryMeter(self.device)
+
+    def step_clock(self) -> StepClock:
+        """A clock that tells what the device is doing."""
+        if not self.is_cuda:
+            return StepClock()
+        return StepClock(DeviceMarks(lambda: torch.cuda.Event(enable_timing=True), self.synchronize))
 
 
 @lru_cache(maxsize=1)

@@ -1,40 +1,48 @@
-"""Where a run's figures go: console, progress bar, metrics.jsonl, TensorBoard. Only rank 0 writes."""
+"""Where a run's figures go: console, progress bar, files of lines, boards. Only rank 0 writes."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from megakd.common.logging import log
+from megakd.training.boards import Board
 from megakd.training.line_file import LineFile
+
+METRICS, EVALUATIONS, STEP_TIMES = "metrics.jsonl", "evaluations.jsonl", "step_times.jsonl"
 
 
 class MetricsWriter:
     """Writes one record per step and one per evaluation; on ranks other than 0 it does nothing.
 
     Args:
-        folder: the run's folder; metrics.jsonl and evaluations.jsonl are appended to.
+        folder: the run's folder; metrics.jsonl, evaluations.jsonl and step_times.jsonl are appended to.
         start_step: steps already done; records of later ones, from a run cut short, are dropped.
+        boards: where the figures go as well.
     """
 
     def __init__(
-        self, folder: Path, *, is_writer: bool, start_step: int, total_steps: int, log_interval: int, tensorboard: bool
+        self,
+        folder: Path,
+        *,
+        is_writer: bool,
+        start_step: int,
+        total_steps: int,
+        log_interval: int,
+        boards: Sequence[Board] = (),
     ) -> None:
         self._is_writer = is_writer
         self._log_interval, self._total = log_interval, total_steps
+        self._boards = boards
         self._progress: Any = None
-        self._board: Any = None
         if not is_writer:
             return
-        self._metrics = LineFile(folder / "metrics.jsonl", start_step)
-        self._evaluations = LineFile(folder / "evaluations.jsonl", start_step)
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
+        self._metrics = LineFile(folder / METRICS, start_step)
+        self._evaluations = LineFile(folder / EVALUATIONS, start_step)
+        self._step_times = LineFile(folder / STEP_TIMES, start_step)
         if sys.stdout.isatty():
             self._progress = _progress_bar(total_steps, start_step)
 
@@ -46,9 +54,10 @@ class MetricsWriter:
     ) -> None:
         if not self._is_writer:
             return
-        self._metrics.close()
-        self._evaluations.close()
-        self._on_board(lambda board: board.close())
+        for file in (self._metrics, self._evaluations, self._step_times):
+            file.close()
+        for board in self._boards:
+            board.close()
         if self._progress is not None:
             self._progress.stop()
 
@@ -57,11 +66,11 @@ class MetricsWriter:
         if not self._is_writer:
             return
         self._metrics.append(record)
-        self._to_board("train", record)
+        self._to_boards("train", record)
         step = record["step"]
         if self._progress is not None:
             self._progress.advance(self._progress.task_ids[0])
-        if step % self._log_interval == 0 or step in (1, self._total):
+        if self.is_told(step):
             log.info(
                 f"step {step:>{len(str(self._total))}}/{self._total}  loss {record['loss']:.4f}  "
                 f"kd {record['kd_loss']:.4f}  ce {record['ce_loss']:.4f}  grad norm {record['grad_norm']:.3f}  "
@@ -69,38 +78,37 @@ class MetricsWriter:
                 f"{record['tflops_per_rank']:.3f} TFLOP/s/rank  teacher {100 * record['teacher_share']:.0f} %"
             )
 
+    def is_told(self, step: int) -> bool:
+        """Whether the console gets a line of this step."""
+        return step % self._log_interval == 0 or step in (1, self._total)
+
+    def step_times(self, line: dict[str, Any]) -> None:
+        """Write where the time of the steps up to `step` went, by rank."""
+        if self._is_writer:
+            self._step_times.append(line)
+
     def evaluation(self, step: int, scores: dict[str, Any]) -> None:
         """Write held-out scores after `step` steps."""
         if not self._is_writer:
             return
         self._evaluations.append({"step": step, **scores})
-        self._to_board("held_out", {"step": step, **scores})
+        self._to_boards("held_out", {"step": step, **scores})
         log.info(describe_scores(step, scores))
 
     def sync(self) -> None:
         """Make the records durable: a checkpoint that is to be named must not be ahead of them."""
         if self._is_writer:
-            self._metrics.sync()
-            self._evaluations.sync()
+            for file in (self._metrics, self._evaluations, self._step_times):
+                file.sync()
 
-    def _to_board(self, prefix: str, record: dict[str, Any]) -> None:
-        figures = {key: value for key, value in record.items() if key != "step" and isinstance(value, int | float)}
-
-        def add(board: Any) -> None:
-            for name, value in figures.items():
-                board.add_scalar(f"{prefix}/{name}", value, record["step"])
-
-        self._on_board(add)
-
-    def _on_board(self, action: Callable[[Any], object]) -> None:
-        """Do something with TensorBoard's writer, which a full disk ends; the figures are in metrics.jsonl too."""
-        if self._board is None:
-            return
-        try:
-            action(self._board)
-        except OSError as error:
-            self._board = None
-            log.warning(f"TensorBoard's events cannot be written ({error.strerror}); there are no more of them")
+    def _to_boards(self, prefix: str, record: dict[str, Any]) -> None:
+        figures = {
+            f"{prefix}/{key}": value
+            for key, value in record.items()
+            if key != "step" and isinstance(value, int | float)
+        }
+        for board in self._boards:
+            board.add(record["step"], figures)
 
 
 def describe_scores(step: int, scores: dict[str, Any]) -> str:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megakd.common.step_parts import BACKWARD, LOSS
 from megakd.config.schema import DistillSection
 from megakd.losses import DenseSignal, SparseSignal, chunk_rows, distillation_loss
 from megakd.models.microbatch import run_stage
+from megakd.platform import StepClock
 
 Batch = dict[str, Tensor]
 Signal = DenseSignal | SparseSignal | None
@@ -38,6 +40,7 @@ class Objective:
     Attributes:
         vocab_size: the vocabulary student and teacher share; columns beyond it count for neither.
         accumulate_main_grad: the head's gradient goes straight into megatron-core's fp32 buffer.
+        clock: told when the loss begins and ends.
     """
 
     distill: DistillSection
@@ -45,6 +48,7 @@ class Objective:
     tp_group: dist.ProcessGroup
     sequence_parallel: bool
     accumulate_main_grad: bool = True
+    clock: StepClock = field(default_factory=StepClock)
 
     def forward_step(
         self, pairs: Iterator[tuple[Batch, Signal]], model: torch.nn.Module
@@ -53,7 +57,12 @@ class Objective:
         batch, signal = next(pairs)
 
         def loss(hidden_and_head: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-            return self(hidden_and_head, batch, signal)
+            hidden = hidden_and_head[0]
+            if self.clock.part is not None and hidden.requires_grad:
+                # Backward begins in the loss; where the gradient arrives here the model's own begins.
+                hidden.register_hook(lambda _: self.clock.become(BACKWARD))
+            with self.clock.during(LOSS):
+                return self(hidden_and_head, batch, signal)
 
         return run_stage(model, batch), loss
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import tempfile
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from megakd.checkpoint.record import newest_record
 from megakd.common.errors import UserError, naming
 from megakd.common.logging import log
 from megakd.config.checks import check_architecture, check_cache_config, check_config
+from megakd.config.logging_checks import check_profiled_steps
 from megakd.config.schema import Config
 from megakd.convert import check_can_export, check_weights, read_hf_config
 from megakd.convert.hf_config_writing import family_for_export
@@ -40,6 +42,7 @@ def preflight(config: Config, world_size: int, *, accept_changes: bool = False) 
     check_config(config, world_size)
     if config.run.layer_spec == "transformer_engine":
         resolve_layer_spec(config.run.layer_spec, detect_accelerations())
+    _check_wandb(config)
     check_models(config)
     _check_data(config)
     _check_output(config)
@@ -103,8 +106,10 @@ def check_teacher_model(config: Config) -> None:
 
 def _check_data(config: Config) -> None:
     data = open_train_data(config)
+    steps = run_steps(config, data)
+    check_profiled_steps(config, steps)
     if config.teacher is not None and config.teacher.source == "cache":
-        check_cache_fits(config, CacheReader(config.teacher.path), data, run_steps(config, data))
+        check_cache_fits(config, CacheReader(config.teacher.path), data, steps)
     purposes: tuple[Purpose, ...] = ("valid", "test")
     for purpose in purposes:
         if held_out_sources(config, purpose) is not None:
@@ -145,6 +150,14 @@ def _check_ids(key: str, prefix: str, config: Config) -> None:
         raise UserError(
             f"{key}: {prefix} was written with a tokenizer of {metadata['tokenizer']['vocab_size']} ids; the student "
             f"knows {known}. Preprocess the data with the student's tokenizer."
+        )
+
+
+def _check_wandb(config: Config) -> None:
+    if config.logging.wandb is not None and importlib.util.find_spec("wandb") is None:
+        raise UserError(
+            "logging.wandb is set, and wandb is not installed here; it must be. Run `pip install wandb` in this "
+            "Python, or leave the section out."
         )
 
 

@@ -16,8 +16,10 @@ from megakd.checkpoint.run_checkpoints import RunCheckpoints
 from megakd.common.errors import UserError
 from megakd.common.launch_time import launch_age_seconds, restart_count
 from megakd.common.logging import log
+from megakd.common.step_parts import DATA
 from megakd.common.stop_request import Interruption, stop_requested
 from megakd.common.watchdog import Watchdog
+from megakd.config.architecture import GPTArchitecture
 from megakd.config.schema import Config
 from megakd.data.batches import TrainBatches
 from megakd.evaluation import Scores, evaluate
@@ -27,6 +29,7 @@ from megakd.platform import Platform, detect_accelerations, resolve_layer_spec
 from megakd.teacher import OnlineTeacher, Teacher
 from megakd.training.announce import announce
 from megakd.training.architectures import shared_vocab_size, teacher_architecture
+from megakd.training.boards import open_boards
 from megakd.training.build import (
     DTYPES,
     Student,
@@ -38,13 +41,15 @@ from megakd.training.build import (
 )
 from megakd.training.drift import check_changes, describe_contents, find_changes
 from megakd.training.export import export_student, parameters_gathered
-from megakd.training.flops import step_flops
 from megakd.training.held_out import held_out_batches
 from megakd.training.metrics import MetricsWriter, describe_scores
 from megakd.training.objective import Objective
+from megakd.training.profiling import StepProfiler
 from megakd.training.run_folder import CHECKPOINTS, save_run_description
 from megakd.training.schedule import learning_rate
 from megakd.training.step import StepResult, train_step
+from megakd.training.step_record import step_record
+from megakd.training.timing import RankTimes, time_student
 from megakd.training.train_data import held_out_sources, open_held_out_data, open_train_data, run_steps
 from megakd.training.watch import Best, Counters
 
@@ -72,9 +77,13 @@ class Run:
         self._training_teacher: Teacher | None = self._cached_teacher
         if config.distill.kd_weight > 0 and self._teacher is not None:
             self._training_teacher = self._teacher
+        self._clock = platform.step_clock()
+        time_student(self._student, self._clock)
+        self._rank_times = RankTimes(self.mesh, platform)
         self._objective = Objective(
-            config.distill, shared_vocab_size(config), self.mesh.groups.tp, self._student.sequence_parallel
-        )
+            config.distill, shared_vocab_size(config), self.mesh.groups.tp, self._student.sequence_parallel,
+            clock=self._clock,
+        )  # fmt: skip
         self._held_out = None
         if held_out_sources(config, config.evaluation.split) is not None:
             self._held_out = open_held_out_data(config, config.evaluation.split)
@@ -108,7 +117,7 @@ class Run:
         self.watchdog.enter("resuming")
         self._resume()
         if is_writer:
-            save_run_description(self.folder, config, dist.get_world_size(), self.mesh.describe())
+            save_run_description(self.folder, config, dist.get_world_size(), self.mesh.describe(), self._steps)
         cached = self._cached_teacher if self.mesh.is_last_stage else None
         batches = TrainBatches(
             self._data.samples,
@@ -126,15 +135,18 @@ class Run:
             start_step=self._counters.step,
             total_steps=self._steps,
             log_interval=config.logging.log_interval,
-            tensorboard=config.logging.tensorboard,
+            boards=open_boards(config, self.folder, self._counters.step) if is_writer else (),
         )
+        profiler = StepProfiler(config.logging.profile, self.folder, dist.get_rank(), self.platform, self._clock)
         try:
             with self._metrics:
                 if config.evaluation.at_start and self._counters.step == 0:
                     self._evaluate()
                 interrupted = self._agree()
                 while interrupted is None and not self._is_over():
+                    profiler.before(self._counters.step + 1)
                     self._train_step(batches)
+                    profiler.after(self._counters.step)
                     interrupted = self._agree()
                 if interrupted is not None and self._is_over():
                     interrupted = None  # nothing is left to be done but the export
@@ -143,6 +155,7 @@ class Run:
                 if interrupted is not None and self._saved_step != self._counters.step > 0:
                     self._save(waits=True)
         finally:
+            profiler.close()
             batches.close()
         return Interruption(interrupted, self._outlook()) if interrupted is not None else None
 
@@ -182,18 +195,25 @@ class Run:
         config, counters = self.config, self._counters
         self.watchdog.enter("reading data", counters.step + 1)
         rate = learning_rate(counters.step, self._steps, config.optimizer, config.schedule)
-        started = time.perf_counter()
-        microbatches = batches.microbatches(counters.step)
-        waited = time.perf_counter() - started
+        self._clock.start()
+        with self._clock.during(DATA):
+            microbatches = batches.microbatches(counters.step)
         self.watchdog.enter("computing")
         result = train_step(
-            self._student, self._training_teacher, self._objective, self._optimizer, microbatches, rate, self.platform
-        )
+            self._student, self._training_teacher, self._objective, self._optimizer, microbatches, rate, self.platform,
+            self._clock,
+        )  # fmt: skip
+        times = self._rank_times.gather(self._clock.stop())
         counters.step += 1
         counters.tokens += result.tokens
         odd = self._judge(result, batches)
-        share = waited / (waited + result.seconds)
-        self._metrics.step(self._record(result, rate) | odd | {"data_share": share})
+        record = step_record(
+            config, result, times, step=counters.step, tokens=counters.tokens, learning_rate=rate,
+            student=self._student.architecture, teacher=self._running_teacher(),
+        )  # fmt: skip
+        self._metrics.step(record | odd)
+        if self._metrics.is_told(counters.step):
+            self._metrics.step_times(self._rank_times.take(counters.step))
         if counters.skipped_in_a_row >= config.safeguards.max_skipped_steps:
             self._heed(self._checkpoints.finish())
             raise UserError(
@@ -236,26 +256,10 @@ class Run:
         event = "skipped" if result.skipped else "loss_spike"
         return {"skipped_steps": counters.skipped_steps, event: True, "sample_ids": ids}
 
-    def _record(self, result: StepResult, rate: float) -> dict[str, Any]:
-        config = self.config
-        tokens = config.data.global_batch_size * config.data.sequence_length
-        runs_teacher = self._training_teacher is not None and self._cached_teacher is None
-        teacher = teacher_architecture(config) if runs_teacher else None
-        flops = step_flops(self._student.architecture, teacher, config.data.sequence_length, tokens)
-        return {
-            "step": self._counters.step,
-            "loss": result.loss,
-            "kd_loss": result.kd_loss,
-            "ce_loss": result.ce_loss,
-            "grad_norm": result.grad_norm,
-            "learning_rate": rate,
-            "tokens": self._counters.tokens,
-            "tokens_per_second": tokens / result.seconds,
-            "tflops_per_rank": flops / result.seconds / dist.get_world_size() / 1e12,
-            "teacher_share": result.teacher_seconds / result.seconds,
-            "step_seconds": result.seconds,
-            "peak_memory_bytes": self.platform.peak_memory_bytes(),
-        }
+    def _running_teacher(self) -> GPTArchitecture | None:
+        """The teacher that computes in each step, if there is one."""
+        runs = self._training_teacher is not None and self._cached_teacher is None
+        return teacher_architecture(self.config) if runs else None
 
     def _agree(self) -> str | None:
         """Between steps: name a checkpoint that all ranks have written; what any rank wants to stop for."""

@@ -17,12 +17,13 @@ _PACKAGES = ("torch", "megatron-core", "transformers", "tokenizers", "safetensor
              "transformer-engine", "triton")  # fmt: skip
 
 
-def describe_run(config: Config, world_size: int, layout: str) -> dict[str, Any]:
-    """Versions and place of this run, for run.json."""
+def describe_run(config: Config, world_size: int, layout: str, steps: int) -> dict[str, Any]:
+    """Versions, place and length of this run, for run.json."""
     return {
         "name": config.run.name,
         "world_size": world_size,
         "layout": layout,
+        "steps": steps,
         "python": python_platform.python_version(),
         "machine": python_platform.platform(),
         "packages": {name: _version(name) for name in _PACKAGES},
@@ -30,11 +31,11 @@ def describe_run(config: Config, world_size: int, layout: str) -> dict[str, Any]
     }
 
 
-def save_run_description(folder: Path, config: Config, world_size: int, layout: str) -> None:
-    """Write config.yaml and run.json into the run's folder."""
+def save_run_description(folder: Path, config: Config, world_size: int, layout: str, steps: int) -> None:
+    """Write config.yaml and run.json into the run's folder; `steps` is the step at which the run ends."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(dump_config(config))
-    (folder / "run.json").write_text(json.dumps(describe_run(config, world_size, layout), indent=2) + "\n")
+    (folder / "run.json").write_text(json.dumps(describe_run(config, world_size, layout, steps), indent=2) + "\n")
 
 
 def _version(package: str) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,9 +10,11 @@ import torch
 import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
 
+from megakd.common.step_parts import OPTIMIZER, TEACHER
 from megakd.evaluation.evaluate import sum_over_ranks
 from megakd.parallel.pipeline import run_pipeline
-from megakd.platform import Platform
+from megakd.parallel.timed_collectives import collectives_timed
+from megakd.platform import NOT_TIMED, Platform, StepClock
 from megakd.teacher import Teacher
 from megakd.training.build import Student
 from megakd.training.objective import Batch, Objective, Signal
@@ -31,26 +32,27 @@ class StepResult:
     ce_loss: float
     grad_norm: float
     tokens: int
-    seconds: float
-    teacher_seconds: float
     skipped: bool
 
 
 def accumulate_gradients(
-    student: Student, teacher: Teacher | None, objective: Objective, microbatches: list[Batch], platform: Platform
-) -> tuple[torch.Tensor, float]:
+    student: Student,
+    teacher: Teacher | None,
+    objective: Objective,
+    microbatches: list[Batch],
+    clock: StepClock = NOT_TIMED,
+) -> torch.Tensor:
     """Fill the student's gradient buffers for this global batch, divided once by its token count.
 
     Returns:
-        (sums [4] of total, kd, ce and tokens over the global batch on every rank, seconds spent in the teacher).
+        Sums [4] of total, kd, ce and tokens over the global batch, on every rank.
     """
-    student.model.zero_grad_buffer()
-    started, teacher_seconds = time.perf_counter(), 0.0
+    with clock.during(OPTIMIZER):
+        student.model.zero_grad_buffer()
     signals: Sequence[Signal] = [None] * len(microbatches)
     if teacher is not None:
-        signals = teacher.signals(microbatches)
-        platform.synchronize()
-        teacher_seconds = time.perf_counter() - started
+        with clock.during(TEACHER):
+            signals = teacher.signals(microbatches)
     micro_batch_size, sequence_length = microbatches[0]["tokens"].shape
     records = run_pipeline(
         student.mesh,
@@ -62,7 +64,7 @@ def accumulate_gradients(
         sequence_length=sequence_length,
     )
     sums = torch.stack(records).sum(0) if records else torch.zeros(4, dtype=torch.float64)
-    return sum_over_ranks(sums, student.mesh), teacher_seconds
+    return sum_over_ranks(sums, student.mesh)
 
 
 def train_step(
@@ -73,20 +75,27 @@ def train_step(
     microbatches: list[Batch],
     learning_rate: float,
     platform: Platform,
+    clock: StepClock = NOT_TIMED,
 ) -> StepResult:
-    """Run one step. Collective over all ranks."""
-    started = time.perf_counter()
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
-    optimizer.zero_grad()
-    sums, teacher_seconds = accumulate_gradients(student, teacher, objective, microbatches, platform)
-    skipped = not _all_finite(sums, student)
-    grad_norm = math.nan
-    if not skipped:
-        _, norm, _ = optimizer.step()
-        # megatron-core computes it only where it clips
-        grad_norm = float(optimizer.get_grad_norm() if norm is None else norm)
-    platform.synchronize()
+    """Run one step. Collective over all ranks.
+
+    Args:
+        clock: shares out the step's time where it is running and the student is timed by it (see timing.time_student).
+    """
+    with collectives_timed(clock):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+        with clock.during(OPTIMIZER):
+            optimizer.zero_grad()
+        sums = accumulate_gradients(student, teacher, objective, microbatches, clock)
+        with clock.during(OPTIMIZER):
+            skipped = not _all_finite(sums, student)
+            grad_norm = math.nan
+            if not skipped:
+                _, norm, _ = optimizer.step()
+                # megatron-core computes it only where it clips
+                grad_norm = float(optimizer.get_grad_norm() if norm is None else norm)
+            platform.synchronize()
     total, kd, ce, tokens = sums.tolist()
     divisor = max(tokens, 1.0)
     return StepResult(
@@ -95,8 +104,6 @@ def train_step(
         ce_loss=ce / divisor,
         grad_norm=grad_norm,
         tokens=int(tokens),
-        seconds=time.perf_counter() - started,
-        teacher_seconds=teacher_seconds,
         skipped=skipped,
     )
 

@@ -115,7 +115,7 @@ def run_layout(layout: Layout, student_path: str, teacher_path: str) -> LayoutRe
         data_parallel_rank=mesh.dp_rank, data_parallel_size=mesh.dp_size,
     )  # fmt: skip
     losses, norms = [], []
-    accumulate_gradients(student, teacher, objective, batches.microbatches(0), platform)
+    accumulate_gradients(student, teacher, objective, batches.microbatches(0))
     gradient = gather_gradients(student)
     for step in range(reference.STEPS):
         result = train_step(student, teacher, objective, optimizer, batches.microbatches(step), reference.LR, platform)

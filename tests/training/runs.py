@@ -12,9 +12,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, PretrainedConfig
 
+from megakd.common.step_parts import STEP_PARTS, seconds_key
+
 SEQUENCE, VOCAB = 16, 300
 # Figures of the machine, not of the run.
-TIMED = {"tokens_per_second", "tflops_per_rank", "teacher_share", "data_share", "step_seconds", "peak_memory_bytes"}
+TIMED = {
+    "tokens_per_second", "tflops_per_rank", "teacher_share", "data_share", "step_seconds", "memory_bytes",
+    "peak_memory_bytes", *map(seconds_key, STEP_PARTS),
+}  # fmt: skip
 
 
 def save_llama(
@@ -184,7 +189,7 @@ class Built:
         """Fill the gradient buffers; returns the sums of the global batch."""
         from megakd.training.step import accumulate_gradients
 
-        return accumulate_gradients(self.student, self.teacher, self.objective, microbatches, self.platform)[0].tolist()
+        return accumulate_gradients(self.student, self.teacher, self.objective, microbatches).tolist()
 
 
 def build(values: dict[str, Any]) -> Built:

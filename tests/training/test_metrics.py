@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from megakd.training.boards import TensorBoard
 from megakd.training.metrics import MetricsWriter, describe_scores
 
 SCORES = {
@@ -28,9 +29,8 @@ def record(step: int) -> dict[str, Any]:
 
 
 def open_writer(folder: Path, start: int = 0, *, is_writer: bool = True, board: bool = False) -> MetricsWriter:
-    return MetricsWriter(
-        folder, is_writer=is_writer, start_step=start, total_steps=9, log_interval=4, tensorboard=board
-    )
+    boards = [TensorBoard(folder, start)] if board and is_writer else []
+    return MetricsWriter(folder, is_writer=is_writer, start_step=start, total_steps=9, log_interval=4, boards=boards)
 
 
 def steps(folder: Path, name: str) -> list[int]:
@@ -43,6 +43,8 @@ def write(folder: Path, start: int, stop: int) -> None:
             writer.step(record(step))
             if step % 2 == 0:
                 writer.evaluation(step, SCORES)
+            if writer.is_told(step):
+                writer.step_times({"step": step, "steps": 4, "rows": []})
 
 
 @pytest.mark.parametrize(("resumed_at", "logged"), [(0, 6), (3, 6), (4, 6), (6, 6)])
@@ -51,6 +53,7 @@ def test_each_step_stands_once_after_resuming(tmp_path: Path, resumed_at: int, l
     write(tmp_path, resumed_at, 9)
     assert steps(tmp_path, "metrics.jsonl") == list(range(1, 10))
     assert steps(tmp_path, "evaluations.jsonl") == [2, 4, 6, 8]
+    assert steps(tmp_path, "step_times.jsonl") == [1, 4, 8, 9]
 
 
 def test_a_line_cut_short_is_dropped(tmp_path: Path) -> None:
@@ -108,8 +111,10 @@ def test_a_full_disk_ends_the_board_and_not_the_run(tmp_path: Path, log_messages
         def add_scalar(self, *_: object) -> None:
             raise OSError(28, "No space left on device")
 
-    with open_writer(tmp_path) as writer:
-        writer._board = Full()
+    board = TensorBoard(tmp_path, 0)
+    board._writer.close()
+    board._writer = Full()
+    with MetricsWriter(tmp_path, is_writer=True, start_step=0, total_steps=9, log_interval=4, boards=[board]) as writer:
         writer.step(record(1))
         writer.step(record(2))
     assert steps(tmp_path, "metrics.jsonl") == [1, 2]

@@ -167,3 +167,27 @@ def test_examples_without_their_mask(folder: Path) -> None:
 def test_every_held_out_data_set_is_opened(folder: Path) -> None:
     message = error(run_values(folder, data__valid=[str(folder / "data"), str(folder / "gone")]))
     assert message.startswith(f"data.valid is {folder}/gone; {folder}/gone.bin does not exist.")
+
+
+def test_steps_to_profile_beyond_the_run(folder: Path) -> None:
+    values = run_values(folder, logging__profile={"steps": [3, 9]})
+    assert error(values).startswith("logging.profile.steps is [3, 9]; the run ends at step 4. Name earlier steps")
+    preflight(Config.model_validate(run_values(folder, logging__profile={"steps": [3, 4]})), 1)
+
+
+def test_ranks_to_profile_that_do_not_exist(folder: Path) -> None:
+    values = run_values(folder, logging__profile={"steps": [3, 4], "ranks": [1]})
+    assert error(values).startswith("logging.profile.ranks has 1; the run has ranks 0 to 0.")
+
+
+def test_weights_and_biases_must_be_installed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import megakd.training.preflight as module
+
+    values = run_values(folder, logging__wandb={"project": "p", "mode": "offline"})
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None if name == "wandb" else True)
+    message = error(values)
+    assert message.startswith(
+        "logging.wandb is set, and wandb is not installed here; it must be. Run `pip install wandb`"
+    )
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: True)
+    preflight(Config.model_validate(values), 1)

@@ -117,7 +117,7 @@ class _Measured:
             def signals(self, microbatches: Sequence[Batch]) -> Sequence[Any]:
                 return signals
 
-        accumulate_gradients(self.student, Fixed(), self.objective, self.batches, platform)
+        accumulate_gradients(self.student, Fixed(), self.objective, self.batches)
         return torch.cat([p.main_grad.flatten().double() for p in self.student.model.parameters()])
 
     def _divergence(self, signals: Sequence[SparseSignal], k: int | None) -> float:
