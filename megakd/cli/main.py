@@ -19,6 +19,7 @@ COMMANDS = {
     "cache": "megakd.cli.cache_command",
     "inspect-cache": "megakd.cli.inspect_cache_command",
     "verify-cache": "megakd.cli.verify_cache_command",
+    "report": "megakd.cli.report_command",
     "quickstart": "megakd.cli.quickstart_command",
     "config": "megakd.cli.config_command",
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import signal
 import sys
 from collections.abc import Iterator
@@ -39,7 +40,10 @@ def run(args: argparse.Namespace) -> int:
         print(f"stopped by {stopped} before the ranks were started; the same command starts them", file=sys.stderr)
         return RESUME_STATUS
     flags = ["accept-changes"] if args.accept_changes else []
-    return run_action("train", config, world_size, flags=flags, max_restarts=args.max_restarts, nodes=nodes)
+    status = run_action("train", config, world_size, flags=flags, max_restarts=args.max_restarts, nodes=nodes)
+    if status == 0 and nodes.rank == 0:
+        print(f"how it went: ./launch.sh report {shlex.quote(config.run.output_dir)}")
+    return status
 
 
 def check_configuration(args: argparse.Namespace, *, accept_changes: bool = True) -> tuple[Config, int, Nodes]:

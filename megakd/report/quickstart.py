@@ -16,6 +16,7 @@ from megakd.config.schema import Config
 from megakd.data.preprocess import write_documents
 from megakd.data.tokenizer import load_tokenizer
 from megakd.launch.launcher import run_action
+from megakd.report.writing import write_report
 from megakd.training.preflight import preflight
 
 _MIN_HELD_OUT_TOKENS = 50_000
@@ -59,6 +60,8 @@ def run_quickstart(output_dir: Path, steps: int | None) -> int:
         scores[name] = _evaluations(output_dir / name)
     _print_table(scores["distilled"], scores["cross_entropy"])
     _continue_text(output_dir / "distilled" / "student", "def ")
+    page, _ = write_report([output_dir / name for name in runs], output_dir / "report.html")
+    log.info(f"\nBoth runs' curves, and where their time went: {page}")
     return 0
 
 

@@ -43,6 +43,9 @@ def test_from_the_dry_run_to_a_student(file: Path) -> None:
     trained = command("train", file, "teacher.source=cache", f"teacher.path={cache}")
     assert trained.returncode == 0, trained.stderr
     assert f"teacher from the cache {cache}: mode sampled" in trained.stdout and "step 4/4" in trained.stdout
+    run = file.parent / "run"
+    assert trained.stdout.splitlines()[-1] == f"how it went: ./launch.sh report {run}"
+    assert main(["report", str(run)]) == 0 and (run / "report.html").exists()
     checked = command("verify-cache", cache)
     assert checked.returncode == 0 and checked.stdout.endswith("all is well\n")
 
