@@ -7,7 +7,7 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import psutil
 import pytest
 import torch
 
+from tests.training.interrupted import run_distill
 from tests.training.jobs import Job, is_saving
 from tests.training.runs import layout, records, run_values, weights, write_run_files
 
@@ -40,9 +41,11 @@ def jobs() -> Iterator[list[Job]]:
 
 
 def job_values(files: Path, out: Path, steps: int, **settings: Any) -> dict[str, Any]:
+    """Of one microbatch to a step: it is not the steps that are tried here."""
     fixed: dict[str, Any] = {
         "run__output_dir": str(out / "run"), "schedule__train_steps": steps, "checkpoint__save_interval": 5,
         "checkpoint__keep_last": 2, "schedule__lr_decay_style": "cosine", "logging__log_interval": 1000,
+        "data__micro_batch_size": 8,
     }  # fmt: skip
     return run_values(files, **layout(2), **(fixed | settings))
 
@@ -68,12 +71,10 @@ def wait_for_moment(job: Job, moment: str, rng: random.Random, life: int) -> Non
         time.sleep(rng.uniform(0, 2))
 
 
-def kill_many(files: Path, out: Path, jobs: list[Job], kills: int, seed: int) -> int:
+def kill_many(files: Path, out: Path, run_ranks: Callable[..., list[Any]], jobs: list[Job], kills: int) -> int:
     """Kill random ranks of a job; returns how many died while a checkpoint was written."""
-    rng, steps = random.Random(seed), STEPS_PER_KILL * kills
-    whole = Job(job_values(files, out / "whole", steps), 2)
-    jobs.append(whole)
-    assert whole.end() == 0, whole.log[-3000:]
+    rng, steps = random.Random(seed_of("kills")), STEPS_PER_KILL * kills
+    run_ranks(2, run_distill, job_values(files, out / "whole", steps, checkpoint__save_interval=steps), seconds=3600.0)
     job = Job(job_values(files, out / "killed", steps), 2, max_restarts=kills, worker=SLOW)
     jobs.append(job)
     while_saving = 0
@@ -98,25 +99,28 @@ def seed_of(name: str) -> int:
     return seed
 
 
-def test_kills_at_random_moments(files: Path, tmp_path: Path, jobs: list[Job]) -> None:
-    while_saving = kill_many(files, tmp_path, jobs, KILLS, seed_of("kills"))
+def test_kills_at_random_moments(
+    files: Path, tmp_path: Path, run_ranks: Callable[..., list[Any]], jobs: list[Job]
+) -> None:
+    while_saving = kill_many(files, tmp_path, run_ranks, jobs, KILLS)
     print(f"{KILLS} kills, {while_saving} while a checkpoint was written")
     assert 3 * while_saving >= KILLS - 1
 
 
 @pytest.mark.slow
-def test_two_hundred_kills_at_random_moments(files: Path, tmp_path: Path, jobs: list[Job]) -> None:
-    while_saving = kill_many(files, tmp_path, jobs, MANY_KILLS, seed_of("kills"))
+def test_two_hundred_kills_at_random_moments(
+    files: Path, tmp_path: Path, run_ranks: Callable[..., list[Any]], jobs: list[Job]
+) -> None:
+    while_saving = kill_many(files, tmp_path, run_ranks, jobs, MANY_KILLS)
     print(f"{MANY_KILLS} kills, {while_saving} while a checkpoint was written")
     assert 3 * while_saving >= MANY_KILLS - 3
 
 
 @pytest.fixture(scope="module")
-def whole(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 40 steps that nothing disturbed."""
+def whole(files: Path, tmp_path_factory: pytest.TempPathFactory, run_ranks: Callable[..., list[Any]]) -> Path:
+    """A run of 40 steps that no launcher started and nothing disturbed."""
     out = tmp_path_factory.mktemp("whole")
-    job = Job(job_values(files, out, 40), 2)
-    assert job.end() == 0, job.log[-3000:]
+    run_ranks(2, run_distill, job_values(files, out, 40))
     return out
 
 

@@ -31,7 +31,7 @@ Start = Callable[..., list[Job]]
 def values_of(files: Path, out: Path) -> dict[str, Any]:
     return run_values(
         files, **layout(2), run__output_dir=str(out / "run"), schedule__train_steps=STEPS,
-        checkpoint__save_interval=5, checkpoint__keep_last=2, logging__log_interval=1000,
+        checkpoint__save_interval=5, checkpoint__keep_last=2, logging__log_interval=1000, data__micro_batch_size=8,
     )  # fmt: skip
 
 
