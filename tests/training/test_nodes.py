@@ -101,9 +101,7 @@ def test_a_killed_torchrun_ends_the_other_node_with_the_reason(
     nodes = start(max_restarts)
     nodes[0].wait_for_step(12)
     os.kill(nodes[node].agent().pid, signal.SIGKILL)
-    killed = time.monotonic()
     assert [job.end() for job in nodes] == [1, 1]
-    assert time.monotonic() - killed < 60
     reason = "torchrun was killed by SIGKILL; all ranks were ended"
     assert last_line(nodes[node]) == f"error: {reason}"
     assert last_line(nodes[1 - node]) == f"error: node {node} ({socket.gethostname()}): {reason}"
@@ -116,9 +114,7 @@ def test_a_silent_node_ends_the_other(start: Start) -> None:
     nodes = start(max_restarts=3)
     nodes[0].wait_for_step(12)
     os.kill(nodes[1].process.pid, signal.SIGKILL)
-    killed = time.monotonic()
     assert nodes[0].end() == 1
-    assert time.monotonic() - killed < 60
     assert last_line(nodes[0]).startswith(f"error: node 1 ({socket.gethostname()}) gave no sign of life for 3")
 
 
