@@ -11,17 +11,17 @@ from pathlib import Path
 
 from megakd.launch.failures import AGENT_LOG, AGENT_RECORD, RankExit, save_rank_exits
 from megakd.launch.nodes import Nodes
-from megakd.launch.processes import RANK_MODULE, adopted_orphans, die_with_parent
+from megakd.launch.processes import END_SIGNAL, RANK_MODULE, adopted_orphans, die_with_parent
 
 
 def main(argv: list[str]) -> int:
     """Run `argv` = (JSON of the launcher's options, module, its arguments)."""
     options = json.loads(argv[0])
     # Not SIGKILL: torchrun must live on to end the ranks and what they started.
-    die_with_parent(options["launcher_pid"], signal.SIGINT)
+    die_with_parent(options["launcher_pid"], END_SIGNAL)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     # Queues and service managers send these to every process of a job, where they mean to save and end. What the
-    # launcher wants to end it ends with SIGINT.
+    # launcher wants to end it ends with END_SIGNAL.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     # torch 2.13's agents keep one store through restarts, in which restarted ranks find what the dead ones left.

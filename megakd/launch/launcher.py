@@ -34,7 +34,7 @@ from megakd.launch.failures import (
 from megakd.launch.meeting import MeetingStopped, meet
 from megakd.launch.node_watch import NodeWatch
 from megakd.launch.nodes import ALONE, Nodes
-from megakd.launch.processes import adopted_orphans, signal_ranks
+from megakd.launch.processes import END_SIGNAL, adopted_orphans, signal_ranks
 
 _RECORDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 # Slurm's warning and a preemption: what can save does, and ends so that the same command goes on.
@@ -294,20 +294,20 @@ def _wait(
                 signal_ranks(agent.pid, signal.SIGUSR1)
                 saving_since = now
         elif received:
-            agent.send_signal(signal.SIGINT)
+            agent.send_signal(END_SIGNAL)
             deadline = now + _GRACE_SECONDS
         if any(error.user_error for error in load_rank_errors(folders)):
             # Bad input stays bad: no restart can help.
-            agent.send_signal(signal.SIGINT)
+            agent.send_signal(END_SIGNAL)
             deadline = now + _GRACE_SECONDS
         elif hanging_since is not None and now - hanging_since > GRACE_SECONDS / 2:
             # torchrun would wait for ranks that hear nothing.
-            agent.send_signal(signal.SIGINT)
+            agent.send_signal(END_SIGNAL)
             signal_ranks(agent.pid, signal.SIGKILL)
             deadline = now + _GRACE_SECONDS
         elif gone_since is not None and now - gone_since > _GONE_SECONDS:
             # torchrun would wait for the node to come back.
-            agent.send_signal(signal.SIGINT)
+            agent.send_signal(END_SIGNAL)
             deadline = now + _GRACE_SECONDS
 
 

@@ -11,6 +11,9 @@ from contextlib import contextmanager, suppress
 import psutil
 
 RANK_MODULE = "megakd.launch.rank"
+# With what torchrun is told to end, and ends its ranks. Not SIGINT: a rank that is only starting would say, in many
+# lines, where Python was interrupted.
+END_SIGNAL = signal.SIGHUP
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 

@@ -97,6 +97,16 @@ def test_user_error_without_restarts_prints_nothing_else(tmp_path: Path) -> None
     assert errors == "error: data.train is 'nowhere'; no such file. Give the path of a .bin/.idx pair.\n"
 
 
+def test_a_rank_that_is_only_starting_ends_without_a_word(tmp_path: Path) -> None:
+    """Python cannot be told before it has started that SIGINT is to end it, and would say where it was."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, time\nif os.environ.get('RANK') == '0':\n    time.sleep(60)\n"
+    )
+    status, errors = run_to_end("bad_input", tmp_path, PYTHONPATH=str(tmp_path))
+    assert status == 2
+    assert errors == "error: data.train is 'nowhere'; no such file. Give the path of a .bin/.idx pair.\n"
+
+
 def test_the_first_exception_is_named_last(tmp_path: Path) -> None:
     status, errors = run_to_end("first_of_two_errors", tmp_path)
     assert status == 1
@@ -173,7 +183,7 @@ def test_a_signal_while_torchruns_process_ends_prints_nothing(tmp_path: Path) ->
     signalled_at_exit = (
         "import json, os, signal, sys, time, weakref\n"
         "from megakd.launch.agent import main\n"
-        "last = weakref.finalize(main, lambda: (os.kill(os.getpid(), signal.SIGINT), time.sleep(0.1)))\n"
+        "last = weakref.finalize(main, lambda: (os.kill(os.getpid(), signal.SIGHUP), time.sleep(0.1)))\n"
         "options = dict(launcher_pid=os.getppid(), log_dir=sys.argv[1], scratch_dir=sys.argv[1], nproc_per_node=1,\n"
         "               max_restarts=0, nodes={})\n"
         "sys.exit(main([json.dumps(options), *sys.argv[2:]]))\n"
