@@ -142,9 +142,21 @@ def test_without_restarts_a_killed_rank_ends_the_job_soon_with_the_reason(
     assert_same_run(tmp_path, whole, 40)
 
 
+@pytest.fixture
+def goes_on(files: Path, whole: Path, tmp_path: Path, run_ranks: Callable[..., list[Any]]) -> Callable[[], None]:
+    """`goes_on()`: what a job left is resumed from, in the pool (that the command does so is tried above)."""
+
+    def goes_on() -> None:
+        assert list((tmp_path / "run" / "checkpoints").glob("step-*"))
+        assert run_ranks(2, run_distill, job_values(files, tmp_path, 40)) == [None, None]
+        assert_same_run(tmp_path, whole, 40)
+
+    return goes_on
+
+
 @pytest.mark.parametrize("victim", ["torchrun", "launcher"])
 def test_ranks_do_not_outlive_torchrun_or_the_launcher(
-    files: Path, whole: Path, tmp_path: Path, jobs: list[Job], victim: str
+    files: Path, tmp_path: Path, jobs: list[Job], goes_on: Callable[[], None], victim: str
 ) -> None:
     jobs.append(Job(job_values(files, tmp_path, 40), 2, max_restarts=3, worker=SLOW))
     jobs[0].wait_for_step(12)
@@ -158,14 +170,12 @@ def test_ranks_do_not_outlive_torchrun_or_the_launcher(
     if victim == "torchrun":
         assert status == 1
         assert jobs[0].log.splitlines()[-1] == "error: torchrun was killed by SIGKILL; all ranks were ended"
-    jobs.append(Job(job_values(files, tmp_path, 40), 2))
-    assert jobs[1].end() == 0, jobs[1].log[-3000:]
-    assert_same_run(tmp_path, whole, 40)
+    goes_on()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_saves_and_asks_to_be_gone_on_with(
-    files: Path, whole: Path, tmp_path: Path, jobs: list[Job], number: signal.Signals
+    files: Path, tmp_path: Path, jobs: list[Job], goes_on: Callable[[], None], number: signal.Signals
 ) -> None:
     jobs.append(Job(job_values(files, tmp_path, 40, checkpoint__save_interval=1000), 2, max_restarts=3))
     jobs[0].wait_for_step(7)
@@ -176,9 +186,7 @@ def test_a_signal_saves_and_asks_to_be_gone_on_with(
     steps = len(records(tmp_path))
     assert 7 <= steps < 40
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [f"step-{steps:08d}"]
-    jobs.append(Job(job_values(files, tmp_path, 40), 2))
-    assert jobs[1].end() == 0, jobs[1].log[-3000:]
-    assert_same_run(tmp_path, whole, 40)
+    goes_on()
 
 
 def test_what_ends_a_run_before_its_first_step_leaves_no_checkpoint_and_is_not_said_to(
@@ -192,7 +200,7 @@ def test_what_ends_a_run_before_its_first_step_leaves_no_checkpoint_and_is_not_s
 
 
 def test_sigterm_to_every_process_of_the_job_saves_too(
-    files: Path, whole: Path, tmp_path: Path, jobs: list[Job]
+    files: Path, tmp_path: Path, jobs: list[Job], goes_on: Callable[[], None]
 ) -> None:
     """As service managers and some queues send it."""
     jobs.append(Job(job_values(files, tmp_path, 40, checkpoint__save_interval=1000), 2, max_restarts=3, worker=SLOW))
@@ -200,9 +208,7 @@ def test_sigterm_to_every_process_of_the_job_saves_too(
     for pid in (*jobs[0].rank_pids(), jobs[0].agent().pid, jobs[0].process.pid):
         os.kill(pid, signal.SIGTERM)
     assert jobs[0].end() == 75, jobs[0].log[-3000:]
-    jobs.append(Job(job_values(files, tmp_path, 40), 2))
-    assert jobs[1].end() == 0, jobs[1].log[-3000:]
-    assert_same_run(tmp_path, whole, 40)
+    goes_on()
 
 
 def test_a_restart_goes_on_where_only_an_earlier_run_is_not_to_be_gone_on_with(
