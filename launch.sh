@@ -126,16 +126,20 @@ find_or_make_python() {
     python=$venv/bin/python
 }
 
-# The tests' arguments from the user; all tests where none of them is a path.
+# The tests' arguments from the user; all tests where none of them is a path. Two files at a time where nothing chooses
+# some of the tests, since most use one core, and since to import everything twice takes longer than a few of them.
 run_tests() {
-    local argument paths=("$root/tests")
+    local argument paths=("$root/tests") processes=(-n logical --maxprocesses 2 --dist loadfile --no-loadscope-reorder)
     for argument in "$@"; do
         if [[ $argument != -* && -e ${argument%%::*} ]]; then
-            paths=()
+            paths=() processes=()
+        elif [[ $argument == -[kms]* || $argument == --pdb ]]; then
+            processes=()
         fi
     done
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-    exec "$python" -m pytest -c "$root/pyproject.toml" --rootdir "$root" "$@" "${paths[@]+"${paths[@]}"}"
+    exec "$python" -m pytest -c "$root/pyproject.toml" --rootdir "$root" "${processes[@]+"${processes[@]}"}" "$@" \
+        "${paths[@]+"${paths[@]}"}"
 }
 
 case ${1:-} in

@@ -27,6 +27,8 @@ INSTALL_REQUIRES = [
 ]
 DEV_REQUIRES = [
     "pytest>=8.0",
+    # Runs two files of tests at a time.
+    "pytest-xdist>=3.6",
     "hypothesis>=6.100",
     "ruff>=0.12",
     "mypy>=1.15",

@@ -15,9 +15,17 @@ from hypothesis import settings
 from megakd.common.logging import log
 from tests.workers import RankPools
 
+# Files that take longest. Where files are handed out to processes these come first, so that none is left at the end.
+LONGEST = ("tests/training/test_killed_runs.py", "tests/training/test_nodes.py", "tests/training/test_hangs.py")
+
 # Nothing here is timed: machines that run tests do other things too.
 settings.register_profile("megakd", deadline=None)
 settings.load_profile("megakd")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
 
 
 @pytest.fixture(scope="session")

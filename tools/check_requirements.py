@@ -11,7 +11,7 @@ from importlib import metadata, util
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-MODULES = {"megatron-core": "megatron.core", "PyYAML": "yaml", "types-PyYAML": None}
+MODULES = {"megatron-core": "megatron.core", "PyYAML": "yaml", "types-PyYAML": None, "pytest-xdist": "xdist"}
 OPERATORS: dict[str, Callable[[tuple[int, ...], tuple[int, ...]], bool]] = {
     ">=": lambda have, want: have >= want,
     "<": lambda have, want: have < want,
