@@ -82,9 +82,9 @@ class Job:
         path = self.folder / "metrics.jsonl"
         self.wait_for(lambda: path.exists() and path.read_bytes().count(b"\n") >= step)
 
-    def end(self) -> int:
+    def end(self, seconds: float = TIMEOUT_SECONDS) -> int:
         """Wait for the job's status."""
-        return self.process.wait(TIMEOUT_SECONDS)
+        return self.process.wait(seconds)
 
     def kill(self) -> None:
         """End it, whatever it does."""

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from tests.training.interrupted import run_distill
-from tests.training.jobs import Job, is_saving
+from tests.training.jobs import TIMEOUT_SECONDS, Job, is_saving
 from tests.training.runs import layout, records, run_values, weights, write_run_files
 
 SLOW = "tests.training.interruptible_worker"
@@ -86,7 +86,7 @@ def kill_many(files: Path, out: Path, run_ranks: Callable[..., list[Any]], jobs:
         os.kill(victim, signal.SIGKILL)
         while_saving += is_saving(job.log[life:])
         job.wait_for(lambda pids=pids: not any(psutil.pid_exists(pid) for pid in pids))
-    status = job.end()
+    status = job.end(TIMEOUT_SECONDS + steps)  # most steps may be left
     assert status == 0, job.log[-5000:]
     assert_same_run(out / "killed", out / "whole", steps)
     return while_saving
