@@ -8,6 +8,7 @@ from typing import Literal
 from megakd.common.errors import UserError
 from megakd.config.architecture import GPTArchitecture
 from megakd.config.logging_checks import check_profile, check_profiled_ranks
+from megakd.config.layouts import has_own_layout, teacher_micro_batch_size, teacher_parallel
 from megakd.config.schema import Config, ParallelSection
 
 Role = Literal["student", "teacher"]
@@ -26,6 +27,7 @@ def check_config(config: Config, world_size: int | None = None) -> None:
     check_loss_weights(config)
     check_teacher(config)
     check_cached_teacher(config)
+    check_teacher_layout(config)
     check_cache(config)
     check_held_out_source(config)
     check_blend(config)
@@ -45,6 +47,7 @@ def check_config(config: Config, world_size: int | None = None) -> None:
         check_world_size(config, world_size)
         check_global_batch(config, world_size)
         check_profiled_ranks(config, world_size)
+        check_teacher_ranks(config, world_size)
 
 
 def check_cache_config(config: Config, world_size: int) -> None:
@@ -181,6 +184,77 @@ def _require_forward_kl(config: Config, found: str) -> None:
             f"{found} and distill.loss is {config.distill.loss}; only forward_kl can be had from some of the teacher's "
             "ids, the others need its probability of every id. Set distill.loss to forward_kl, or use the teacher "
             "itself (teacher.source online)."
+        )
+
+
+def check_teacher_layout(config: Config) -> None:
+    """A teacher's own layout needs a teacher that runs, and sequences that can be cut."""
+    teacher = config.teacher
+    if teacher is None:
+        return
+    if teacher.source == "cache":
+        defaults = type(teacher).model_fields
+        for key in ("parallel", "signal_window", "offload"):
+            if getattr(teacher, key) != defaults[key].default:
+                raise UserError(
+                    f"teacher.{key} is given and has no effect on a cache (teacher.source), which is no model that "
+                    "runs. Leave it out."
+                )
+        return
+    if teacher.signal_window is not None and config.distill.kd_weight == 0:
+        raise UserError(
+            f"teacher.signal_window is {teacher.signal_window} and has no effect with distill.kd_weight 0: no signals "
+            "are held. Leave it out, or set distill.kd_weight above 0."
+        )
+    parallel, length = teacher_parallel(config), config.data.sequence_length
+    if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
+        raise UserError(
+            "teacher.parallel.sequence_parallel is true and has no effect with one tensor rank. Set it to false or "
+            "teacher.parallel.tensor_model_parallel_size above 1."
+        )
+    cuts = {"teacher.parallel": parallel.tensor_model_parallel_size} if parallel.sequence_parallel else {}
+    if has_own_layout(config):
+        # Each of the student's tensor ranks receives a stretch of the teacher's hidden states.
+        cuts["parallel"] = config.parallel.tensor_model_parallel_size
+    for section, size in cuts.items():
+        if length % size:
+            raise UserError(
+                f"data.sequence_length is {length}; with a teacher in a layout of its own it must be a multiple of "
+                f"{section}.tensor_model_parallel_size, {size}. Use {_neighbours(length, size)}."
+            )
+
+
+def check_teacher_ranks(config: Config, world_size: int) -> None:
+    """The ranks are a whole number of the teacher's replicas, and windows a whole number of their microbatches."""
+    teacher = config.teacher
+    if teacher is None or teacher.source == "cache":
+        return
+    parallel = teacher_parallel(config)
+    ranks = _ranks_per_replica(parallel)
+    if world_size % ranks:
+        raise UserError(
+            f"the run has {world_size} ranks; there must be a multiple of the teacher's {_replica(parallel)} = {ranks} "
+            f"(teacher.parallel). Start {_neighbours(world_size, ranks)} ranks, or change teacher.parallel."
+        )
+    if config.distill.kd_weight == 0:
+        return
+    data, replicas = config.data, world_size // _ranks_per_replica(config.parallel)
+    count = data.global_batch_size // (data.micro_batch_size * replicas)
+    window = count if teacher.signal_window is None else teacher.signal_window
+    if count % window:
+        raise UserError(
+            f"teacher.signal_window is {window}; it must divide the {count} microbatches of a step "
+            f"(data.global_batch_size {data.global_batch_size} / (data.micro_batch_size {data.micro_batch_size} x "
+            f"data-parallel size {replicas})). Use {_either([str(n) for n in range(1, count + 1) if count % n == 0])}."
+        )
+    samples, micro = window * data.micro_batch_size * replicas, teacher_micro_batch_size(config)
+    unit = micro * (world_size // ranks)
+    if samples % unit:
+        raise UserError(
+            f"the teacher goes through {samples} samples at a time ({window} microbatches of {data.micro_batch_size} on "
+            f"{replicas} of the student's data ranks); they must be a multiple of teacher.parallel.micro_batch_size "
+            f"{micro} x its data-parallel size {world_size // ranks} = {unit}. Change teacher.parallel.micro_batch_size, "
+            "teacher.signal_window or data.global_batch_size."
         )
 
 
@@ -437,10 +511,12 @@ def check_architecture(
     *,
     has_stage_split: bool,
     divisible_by: int = 128,
+    section: str = "parallel",
 ) -> None:
     """Hold a model's shape against the layout and the sequence length.
 
     Args:
+        section: where the layout is set, for messages.
         has_stage_split: `num_layers_in_first_pipeline_stage` and `..._last_...` apply to this model.
         divisible_by: the vocabulary is padded to a multiple of this.
 
@@ -448,8 +524,8 @@ def check_architecture(
         UserError: the first rule that fails.
     """
     check_positions(role, architecture, sequence_length)
-    check_tensor_split(role, architecture, parallel.tensor_model_parallel_size)
-    check_vocabulary_split(role, architecture, parallel.tensor_model_parallel_size, divisible_by)
+    check_tensor_split(role, architecture, parallel.tensor_model_parallel_size, section)
+    check_vocabulary_split(role, architecture, parallel.tensor_model_parallel_size, divisible_by, section)
     if role == "student":
         check_experts(architecture, parallel)
     if has_stage_split:
@@ -461,7 +537,8 @@ def check_architecture(
             parallel.num_layers_in_last_pipeline_stage,
         )
     else:
-        check_layer_split(role, architecture.num_layers, parallel.pipeline_model_parallel_size, None, None)
+        stages = parallel.pipeline_model_parallel_size
+        check_layer_split(role, architecture.num_layers, stages, None, None, section)
 
 
 def check_experts(architecture: GPTArchitecture, parallel: ParallelSection) -> None:
@@ -484,7 +561,7 @@ def check_positions(role: Role, architecture: GPTArchitecture, sequence_length: 
         )
 
 
-def check_tensor_split(role: Role, architecture: GPTArchitecture, tensor_size: int) -> None:
+def check_tensor_split(role: Role, architecture: GPTArchitecture, tensor_size: int, section: str = "parallel") -> None:
     """Heads, key-value heads and the MLP are cut evenly over tensor ranks."""
     parts = {
         "num_attention_heads": architecture.num_attention_heads,
@@ -499,12 +576,14 @@ def check_tensor_split(role: Role, architecture: GPTArchitecture, tensor_size: i
         # megatron-core would keep copies of a key-value head on several ranks; conversion and loading do not.
         copies = " (copies of a group on several ranks are not supported)" if name == "num_query_groups" else ""
         raise UserError(
-            f"parallel.tensor_model_parallel_size is {tensor_size}; it must divide the {role}'s {name}, {value}"
+            f"{section}.tensor_model_parallel_size is {tensor_size}; it must divide the {role}'s {name}, {value}"
             f"{copies}. Use {_either(usable)}."
         )
 
 
-def check_vocabulary_split(role: Role, architecture: GPTArchitecture, tensor_size: int, divisible_by: int) -> None:
+def check_vocabulary_split(
+    role: Role, architecture: GPTArchitecture, tensor_size: int, divisible_by: int, section: str = "parallel"
+) -> None:
     """The padded vocabulary is cut evenly over tensor ranks."""
     vocab = architecture.vocab_size
     padded = math.ceil(vocab / divisible_by) * divisible_by
@@ -513,12 +592,14 @@ def check_vocabulary_split(role: Role, architecture: GPTArchitecture, tensor_siz
         if role == "student":
             remedy += f", or set student.make_vocab_size_divisible_by to {math.lcm(divisible_by, tensor_size)}"
         raise UserError(
-            f"parallel.tensor_model_parallel_size is {tensor_size}; it must divide the {role}'s padded vocabulary, "
+            f"{section}.tensor_model_parallel_size is {tensor_size}; it must divide the {role}'s padded vocabulary, "
             f"{padded} (vocab_size {vocab} up to a multiple of {divisible_by}). {remedy}."
         )
 
 
-def check_layer_split(role: Role, num_layers: int, stages: int, first: int | None, last: int | None) -> None:
+def check_layer_split(
+    role: Role, num_layers: int, stages: int, first: int | None, last: int | None, section: str = "parallel"
+) -> None:
     """Stages without a number of their own share the layers that are left evenly, at least one each.
 
     `first` and `last` are the layers of the first and last pipeline stage, None for an equal share.
@@ -535,7 +616,7 @@ def check_layer_split(role: Role, num_layers: int, stages: int, first: int | Non
         usable = [str(size) for size in range(1, num_layers + 1) if num_layers % size == 0]
         remedy = "or give the first or the last stage its own number of layers" if role == "student" else ""
         raise UserError(
-            f"parallel.pipeline_model_parallel_size is {stages}; it must divide the {role}'s {num_layers} layers"
+            f"{section}.pipeline_model_parallel_size is {stages}; it must divide the {role}'s {num_layers} layers"
             f"{'' if role == 'student' else ', whose stages are always equal'}. Use {_either(usable)}"
             f"{', ' + remedy if remedy else ''}."
         )

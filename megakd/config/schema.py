@@ -60,6 +60,17 @@ class StudentSection(Section):
     )
 
 
+class TeacherParallelSection(Section):
+    """Layout of the teacher on the student's ranks; what is not given is as the student's."""
+
+    tensor_model_parallel_size: int | None = Field(default=None, gt=0)
+    pipeline_model_parallel_size: int | None = Field(default=None, gt=0, description="Its stages are always equal.")
+    sequence_parallel: bool | None = Field(default=None, description="The student's where not given and TP is above 1.")
+    micro_batch_size: int | None = Field(
+        default=None, gt=0, description="Samples per forward pass and rank; data.micro_batch_size where not given."
+    )
+
+
 class TeacherSection(Section):
     """The model that is learnt from."""
 
@@ -70,6 +81,16 @@ class TeacherSection(Section):
         description="Hugging Face folder of safetensors or Megatron checkpoint; with source cache, the cache's folder."
     )
     dtype: Literal["fp32", "bf16"] | None = Field(default=None, description="Defaults to run.dtype.")
+    parallel: TeacherParallelSection = TeacherParallelSection()
+    signal_window: int | None = Field(
+        default=None,
+        gt=0,
+        description="Microbatches of the student for which the teacher's hidden states are held at a time; all of a "
+        "step where not given.",
+    )
+    offload: Literal["none", "cpu"] = Field(
+        default="none", description="Where the teacher's weights wait while it does not run: cpu frees the GPU of them."
+    )
 
 
 class CacheSection(Section):

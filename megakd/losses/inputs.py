@@ -37,19 +37,18 @@ class LossInputs:
         for start in range(0, count, self.chunk_rows):
             yield slice(start, min(start + self.chunk_rows, count))
 
-    def rows(self, hidden: Tensor) -> Tensor:
-        """Hidden states of all n tokens on every tensor rank; a token of weight 0 has none that are not finite."""
-        rows = gather_sequence(hidden.detach(), self.sequence_group)
+    def rows(self, hidden: Tensor, is_spread: bool | None = None) -> Tensor:
+        """Hidden states of all n tokens on every tensor rank; a token of weight 0 has none that are not finite.
+
+        is_spread: whether `hidden` is a stretch of the sequence; None: as the student's is.
+        """
+        spread = self.sequence_parallel if is_spread is None else is_spread
+        rows = gather_sequence(hidden.detach(), self.objective.shard.group if spread else None)
         hidden_tokens = self.token_weights == 0
         if not rows.is_cuda and bool(rows[hidden_tokens].isfinite().all()):
             return rows
         # 0 times what is not finite would not be 0.
         return rows.masked_fill(hidden_tokens.unsqueeze(1), 0.0)
-
-    @property
-    def sequence_group(self) -> ProcessGroup | None:
-        """The ranks that hidden states are spread over, if any."""
-        return self.objective.shard.group if self.sequence_parallel else None
 
 
 def build_inputs(
@@ -100,8 +99,10 @@ def build_inputs(
         teacher = teacher_temperature, teacher_logit_scale, teacher_logit_softcap
         check_sparse(signal, token_weights, vocab_size, divergence, teacher)
     shard = build_shard(student_head.shape[0], vocab_size, tp_group)
-    shards = shard.tp_size if sequence_parallel else 1
     dense = signal if isinstance(signal, DenseSignal) else None
+    shards = [shard.tp_size if sequence_parallel else 1] * 2
+    if dense is not None and dense.is_spread is not None:
+        shards[1] = shard.tp_size if dense.is_spread else 1
     _check_shapes(student_hidden, student_head, labels, token_weights, dense, shards)
     if dense is not None:
         _check_teacher_rows(dense.head, student_head, shard)
@@ -133,18 +134,21 @@ def build_inputs(
 
 
 def _check_shapes(
-    hidden: Tensor, head: Tensor, labels: Tensor, token_weights: Tensor, signal: DenseSignal | None, shards: int
+    hidden: Tensor, head: Tensor, labels: Tensor, token_weights: Tensor, signal: DenseSignal | None, shards: list[int]
 ) -> None:
+    """`shards`: tensor ranks that the student's and the teacher's hidden states are spread over."""
     rows = labels.shape[0]
     check_shape(labels, "labels", [rows])
     check_shape(token_weights, "token_weights", [rows])
-    if rows % shards:
-        raise ValueError(f"labels has {rows} rows; sequence parallelism wants a multiple of the {shards} tensor ranks.")
-    check_shape(hidden, "student_hidden", [rows // shards, head.shape[-1]])
+    if rows % max(shards):
+        raise ValueError(
+            f"labels has {rows} rows; sequence parallelism wants a multiple of the {max(shards)} tensor ranks."
+        )
+    check_shape(hidden, "student_hidden", [rows // shards[0], head.shape[-1]])
     if signal is not None:
         if signal.head.dim() != 2:
             raise ValueError(f"signal.head is {list(signal.head.shape)}; it must be [rows, h].")
-        check_shape(signal.hidden, "signal.hidden", [rows // shards, signal.head.shape[-1]])
+        check_shape(signal.hidden, "signal.hidden", [rows // shards[1], signal.head.shape[-1]])
         _check_same_dtype("signal.hidden", signal.hidden, "signal.head", signal.head)
     _check_same_dtype("student_hidden", hidden, "student_head", head)
     if not hidden.is_floating_point():

@@ -14,10 +14,12 @@ class DenseSignal:
     hidden: [n, h_t], or [n/tp, h_t] under sequence parallelism; n = s * b rows in (s, b) order.
     head: [v/tp, h_t], this rank's rows of the teacher's output layer, the same global ids as the student's rows. On one
         rank it may be padded to another size; where it has fewer rows than the student's, each call copies it.
+    is_spread: whether hidden is [n/tp, h_t], this tensor rank's stretch of the sequence; None: as the student's is.
     """
 
     hidden: Tensor
     head: Tensor
+    is_spread: bool | None = None
 
 
 SPARSE_MODES = ("sampled", "tail_bucket", "renormalised")

@@ -45,7 +45,7 @@ def gather_dense(inputs: LossInputs, hidden: Tensor, head: Tensor) -> DenseInput
     if signal is None:
         return DenseInputs(hidden, head, inputs.labels, None, None)
     teacher_head = fit_rows(signal.head.detach(), len(head))
-    return DenseInputs(hidden, head, inputs.labels, inputs.rows(signal.hidden), teacher_head)
+    return DenseInputs(hidden, head, inputs.labels, inputs.rows(signal.hidden, signal.is_spread), teacher_head)
 
 
 def fit_rows(head: Tensor, rows: int) -> Tensor:

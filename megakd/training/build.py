@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -14,14 +15,17 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 
 from megakd.cache.reader import CacheReader
 from megakd.config.architecture import GPTArchitecture
-from megakd.config.schema import Config, OptimizerSection
+from megakd.config.layouts import has_own_layout, teacher_micro_batch_size, teacher_parallel
+from megakd.config.schema import Config, OptimizerSection, ParallelSection
 from megakd.convert import load_weights
 from megakd.models.gpt import HiddenStateGPT, build_gpt
 from megakd.models.parameters import canonical_parameters
+from megakd.parallel.bridge import Bridge, last_stage_spread
 from megakd.parallel.mesh import GroupPool, ModelMesh, build_model_mesh
 from megakd.parameters.sharding import padded_vocab_size
 from megakd.platform import communication_timeout
 from megakd.teacher import CachedTeacher, OnlineTeacher, build_online_teacher
+from megakd.teacher.online import Crossing
 from megakd.training.architectures import student_architecture, teacher_architecture
 from megakd.training.teacher_cache import place_samples
 from megakd.training.train_data import TrainData
@@ -40,15 +44,14 @@ class Student:
 
 
 def build_meshes(config: Config) -> tuple[ModelMesh, ModelMesh | None]:
-    """The student's mesh and, where there is a teacher, the teacher's own: so far both have one layout."""
+    """The student's mesh and, where there is a teacher, the teacher's own, over the same ranks."""
     pool = GroupPool(communication_timeout(config.safeguards.hang_timeout_seconds))
     is_online = config.teacher is not None and config.teacher.source == "online"
-    return build_mesh(config, pool), build_mesh(config, pool) if is_online else None
+    return build_mesh(config.parallel, pool), build_mesh(teacher_parallel(config), pool) if is_online else None
 
 
-def build_mesh(config: Config, pool: GroupPool) -> ModelMesh:
+def build_mesh(parallel: ParallelSection, pool: GroupPool) -> ModelMesh:
     """A model's mesh over the whole world."""
-    parallel = config.parallel
     return build_model_mesh(
         pool,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
@@ -134,7 +137,7 @@ def build_adam(student: Student, section: OptimizerSection, dtype: torch.dtype) 
     return optimizer
 
 
-def build_teacher(config: Config, mesh: ModelMesh, layer_spec: str) -> OnlineTeacher:
+def build_teacher(config: Config, mesh: ModelMesh, student_mesh: ModelMesh, layer_spec: str) -> OnlineTeacher:
     """The teacher on `mesh`, its head in the student's vocabulary partition."""
     assert config.teacher is not None
     vocab_size = student_architecture(config).vocab_size
@@ -144,9 +147,31 @@ def build_teacher(config: Config, mesh: ModelMesh, layer_spec: str) -> OnlineTea
         mesh,
         dtype=DTYPES[config.teacher.dtype or config.run.dtype],
         layer_spec=layer_spec,
-        sequence_parallel=config.parallel.sequence_parallel,
+        sequence_parallel=teacher_parallel(config).sequence_parallel,
+        student_mesh=student_mesh,
         student_padded_vocab=padded_vocab_size(vocab_size, config.student.make_vocab_size_divisible_by),
+        crossing=build_crossing(config, mesh, student_mesh) if has_own_layout(config) else None,
+        is_parked=config.teacher.offload == "cpu",
     )
+
+
+def build_crossing(config: Config, mesh: ModelMesh, student_mesh: ModelMesh) -> Crossing:
+    """The way of hidden states from a teacher's layout to the student's. Collective over the world."""
+    assert config.teacher is not None
+    parallel, micro_batch_size = teacher_parallel(config), teacher_micro_batch_size(config)
+    source = last_stage_spread(mesh, micro_batch_size, is_cut=parallel.sequence_parallel)
+    target = last_stage_spread(student_mesh, config.data.micro_batch_size, is_cut=True)
+    world = dist.group.WORLD
+    assert world is not None
+    bridge = Bridge(
+        source,
+        target,
+        world,
+        width=teacher_architecture(config).hidden_size,
+        dtype=DTYPES[config.teacher.dtype or config.run.dtype],
+        device=torch.device(torch.cuda.current_device()),
+    )
+    return Crossing(student_mesh, micro_batch_size, bridge)
 
 
 def build_cached_teacher(config: Config, data: TrainData) -> CachedTeacher | None:

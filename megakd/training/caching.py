@@ -91,14 +91,15 @@ class _CacheRun:
         assert config.teacher is not None
         self.config, self.platform = config, platform
         self.path = cache_folder(config)
-        self.mesh = build_mesh(config, GroupPool(communication_timeout(config.safeguards.hang_timeout_seconds)))
+        pool = GroupPool(communication_timeout(config.safeguards.hang_timeout_seconds))
+        self.mesh = build_mesh(config.parallel, pool)
         seed_megatron(config.run.seed, self.mesh)  # megatron-core asks for its random state, dropout or not
         accelerations = detect_accelerations()
         layer_spec = resolve_layer_spec(config.run.layer_spec, accelerations)
         log.info(accelerations.describe())
         self.data = open_train_data(config)
         self.ids = samples_to_store(config, self.data, run_steps(config, self.data))
-        self.teacher = build_teacher(config, self.mesh, layer_spec)
+        self.teacher = build_teacher(config, self.mesh, self.mesh, layer_spec)
         codec = cache_codec(config)
         self.recorder = TeacherRecorder(
             codec,

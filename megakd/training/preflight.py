@@ -12,6 +12,7 @@ from megakd.common.errors import UserError, naming
 from megakd.common.logging import log
 from megakd.config.checks import check_architecture, check_cache_config, check_config
 from megakd.config.logging_checks import check_profiled_steps
+from megakd.config.layouts import teacher_parallel
 from megakd.config.schema import Config
 from megakd.convert import check_can_export, check_weights, read_hf_config
 from megakd.convert.hf_config_writing import family_for_export
@@ -99,7 +100,10 @@ def check_teacher_model(config: Config) -> None:
     """
     assert config.teacher is not None
     teacher = teacher_architecture(config)
-    check_architecture("teacher", teacher, config.parallel, config.data.sequence_length, has_stage_split=False)
+    parallel, own = teacher_parallel(config), config.teacher.parallel
+    section = "parallel" if own.model_dump(exclude_none=True) == {} else "teacher.parallel"
+    length = config.data.sequence_length
+    check_architecture("teacher", teacher, parallel, length, has_stage_split=False, section=section)
     with naming("teacher.path"):
         check_weights(config.teacher.path, teacher)
 

@@ -71,7 +71,7 @@ class Run:
         self._data = open_train_data(config)
         self._teacher: OnlineTeacher | None = None
         if teacher_mesh is not None:
-            self._teacher = build_teacher(config, teacher_mesh, layer_spec)
+            self._teacher = build_teacher(config, teacher_mesh, self.mesh, layer_spec)
         self._cached_teacher = build_cached_teacher(config, self._data)
         # A run on cross-entropy alone has a teacher only to be measured against.
         self._training_teacher: Teacher | None = self._cached_teacher

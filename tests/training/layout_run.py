@@ -107,7 +107,7 @@ def run_layout(layout: Layout, student_path: str, teacher_path: str) -> LayoutRe
     seed_megatron(config.run.seed, mesh)
     student = build_student(config, mesh, "local")
     optimizer = build_adam(student, config.optimizer, DTYPES[config.run.dtype])
-    teacher = build_teacher(config, teacher_mesh, "local")
+    teacher = build_teacher(config, teacher_mesh, mesh, "local")
     objective = Objective(config.distill, shared_vocab_size(config), mesh.groups.tp, student.sequence_parallel)
     batches = TrainBatches(
         TokenSamples(_ArrayStream(reference.token_stream()), reference.SEQUENCE), _FileOrder(),

@@ -216,6 +216,6 @@ def build(values: dict[str, Any]) -> Built:
     optimizer = build_adam(student, config.optimizer, DTYPES[config.run.dtype])
     teacher: Any = build_cached_teacher(config, open_train_data(config))
     if teacher_mesh is not None:
-        teacher = build_teacher(config, teacher_mesh, "local")
+        teacher = build_teacher(config, teacher_mesh, mesh, "local")
     objective = Objective(config.distill, shared_vocab_size(config), mesh.groups.tp, student.sequence_parallel)
     return Built(config, platform, mesh, student, optimizer, teacher, objective)

@@ -69,7 +69,7 @@ class _Measured:
         seed_megatron(1, mesh)
         self.student = build_student(self.config, mesh, "local")
         assert teacher_mesh is not None
-        self.teacher = build_teacher(self.config, teacher_mesh, "local")
+        self.teacher = build_teacher(self.config, teacher_mesh, mesh, "local")
         self.objective = Objective(self.config.distill, shared_vocab_size(self.config), mesh.groups.tp, False)
         samples = open_train_data(self.config).samples
         places = np.linspace(0, samples.num_samples - 1, WINDOWS).astype(int).reshape(-1, PER_BATCH)

@@ -1,0 +1,38 @@
+"""The layouts that a configuration gives its models."""
+
+from __future__ import annotations
+
+from megakd.config.schema import Config, ParallelSection
+
+
+def teacher_parallel(config: Config) -> ParallelSection:
+    """The teacher's layout: its own settings, and the student's for the rest."""
+    assert config.teacher is not None
+    own, student = config.teacher.parallel, config.parallel
+    tp = own.tensor_model_parallel_size or student.tensor_model_parallel_size
+    sequence_parallel = own.sequence_parallel
+    if sequence_parallel is None:
+        sequence_parallel = student.sequence_parallel and tp > 1
+    return ParallelSection(
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=own.pipeline_model_parallel_size or student.pipeline_model_parallel_size,
+        context_parallel_size=student.context_parallel_size,
+        sequence_parallel=sequence_parallel,
+    )
+
+
+def teacher_micro_batch_size(config: Config) -> int:
+    """Samples of one of the teacher's forward passes."""
+    assert config.teacher is not None
+    return config.teacher.parallel.micro_batch_size or config.data.micro_batch_size
+
+
+def has_own_layout(config: Config) -> bool:
+    """Whether the teacher's hidden states must be moved to get to where the student's are."""
+    own, student = teacher_parallel(config), config.parallel
+    return (
+        own.tensor_model_parallel_size != student.tensor_model_parallel_size
+        or own.pipeline_model_parallel_size != student.pipeline_model_parallel_size
+        or own.sequence_parallel != student.sequence_parallel
+        or teacher_micro_batch_size(config) != config.data.micro_batch_size
+    )
