@@ -27,7 +27,6 @@ def check_config(config: Config, world_size: int | None = None) -> None:
     check_loss_weights(config)
     check_teacher(config)
     check_cached_teacher(config)
-    check_teacher_layout(config)
     check_cache(config)
     check_held_out_source(config)
     check_blend(config)
@@ -39,6 +38,7 @@ def check_config(config: Config, world_size: int | None = None) -> None:
     check_overlap_param_gather(config)
     check_context_parallel(config)
     check_sequence_parallel(config)
+    check_teacher_layout(config)
     check_stage_split(config)
     check_written_architecture(config)
     check_micro_batches(config)
@@ -251,10 +251,10 @@ def check_teacher_ranks(config: Config, world_size: int) -> None:
     unit = micro * (world_size // ranks)
     if samples % unit:
         raise UserError(
-            f"the teacher goes through {samples} samples at a time ({window} microbatches of {data.micro_batch_size} on "
-            f"{replicas} of the student's data ranks); they must be a multiple of teacher.parallel.micro_batch_size "
-            f"{micro} x its data-parallel size {world_size // ranks} = {unit}. Change teacher.parallel.micro_batch_size, "
-            "teacher.signal_window or data.global_batch_size."
+            f"the teacher goes through {samples} samples at a time ({window} microbatches of {data.micro_batch_size} "
+            f"on {replicas} of the student's data ranks); they must be a multiple of teacher.parallel.micro_batch_size "
+            f"{micro} x its data-parallel size {world_size // ranks} = {unit}. Change "
+            "teacher.parallel.micro_batch_size, teacher.signal_window or data.global_batch_size."
         )
 
 

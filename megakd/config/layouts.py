@@ -36,3 +36,12 @@ def has_own_layout(config: Config) -> bool:
         or own.sequence_parallel != student.sequence_parallel
         or teacher_micro_batch_size(config) != config.data.micro_batch_size
     )
+
+
+def with_teacher_alone(config: Config) -> Config:
+    """The configuration as the writing of a cache sees it: the run's layout is the teacher's."""
+    if config.teacher is None or config.teacher.source != "online":
+        return config
+    own = type(config.teacher.parallel)()
+    teacher = config.teacher.model_copy(update={"parallel": own, "signal_window": None, "offload": "none"})
+    return config.model_copy(update={"parallel": teacher_parallel(config), "teacher": teacher})

@@ -23,6 +23,7 @@ from megakd.cache.manifest import Manifest
 from megakd.cache.shards import SHARD_BYTES, ShardSeries
 from megakd.common.errors import UserError
 from megakd.common.logging import configure_logging, log
+from megakd.config.layouts import with_teacher_alone
 from megakd.config.schema import Config
 from megakd.convert.output_folder import copy_tokenizer_files
 from megakd.data.batches import Batch, collate, move
@@ -68,7 +69,7 @@ def write_cache(config: Config, *, dry_run: bool = False, overwrite: bool = Fals
     platform = build_platform()
     init_distributed(platform, communication_timeout(config.safeguards.hang_timeout_seconds))
     configure_logging(dist.get_rank())
-    run = _CacheRun(config, platform)
+    run = _CacheRun(with_teacher_alone(config), platform)
     if dry_run:
         run.try_out()
         return None

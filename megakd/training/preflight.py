@@ -12,7 +12,7 @@ from megakd.common.errors import UserError, naming
 from megakd.common.logging import log
 from megakd.config.checks import check_architecture, check_cache_config, check_config
 from megakd.config.logging_checks import check_profiled_steps
-from megakd.config.layouts import teacher_parallel
+from megakd.config.layouts import teacher_parallel, with_teacher_alone
 from megakd.config.schema import Config
 from megakd.convert import check_can_export, check_weights, read_hf_config
 from megakd.convert.hf_config_writing import family_for_export
@@ -59,6 +59,7 @@ def preflight_cache(config: Config, world_size: int) -> None:
     Raises:
         UserError: the first thing that does not hold, with its remedy.
     """
+    config = with_teacher_alone(config)
     check_cache_config(config, world_size)
     if config.run.layer_spec == "transformer_engine":
         resolve_layer_spec(config.run.layer_spec, detect_accelerations())

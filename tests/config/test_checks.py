@@ -55,6 +55,30 @@ REFUSED: list[tuple[str, dict[str, Any], tuple[int, ...], str]] = [
     ("cached_teacher",
      {"teacher": {"path": "x", "source": "cache"}, "distill__kd_weight": 0, "distill__ce_weight": 1}, (),
      "teacher.source is cache and has no effect with distill.kd_weight 0."),
+    ("teacher_layout", {"teacher": {"path": "x", "source": "cache", "signal_window": 2}}, (),
+     "teacher.signal_window is given and has no effect on a cache (teacher.source), which is no model that runs."),
+    ("teacher_layout", {"teacher": {"path": "x", "source": "cache", "parallel": {"tensor_model_parallel_size": 2}}},
+     (), "teacher.parallel is given and has no effect on a cache"),
+    ("teacher_layout", {"teacher__signal_window": 2, "distill__kd_weight": 0, "distill__ce_weight": 1}, (),
+     "teacher.signal_window is 2 and has no effect with distill.kd_weight 0: no signals are held."),
+    ("teacher_layout", {"teacher__parallel": {"sequence_parallel": True}}, (),
+     "teacher.parallel.sequence_parallel is true and has no effect with one tensor rank."),
+    ("teacher_layout",
+     {"teacher__parallel": {"sequence_parallel": True, "tensor_model_parallel_size": 3}}, (),
+     "data.sequence_length is 32; with a teacher in a layout of its own it must be a multiple of "
+     "teacher.parallel.tensor_model_parallel_size, 3. Use 30 or 33."),
+    ("teacher_layout", {TP: 3, "teacher__parallel": {"tensor_model_parallel_size": 1}}, (),
+     "data.sequence_length is 32; with a teacher in a layout of its own it must be a multiple of "
+     "parallel.tensor_model_parallel_size, 3."),
+    ("teacher_ranks", {"teacher__parallel": {"tensor_model_parallel_size": 4}}, (2,),
+     "the run has 2 ranks; there must be a multiple of the teacher's tensor_model_parallel_size 4 x "
+     "pipeline_model_parallel_size 1 = 4 (teacher.parallel). Start 4 ranks, or change teacher.parallel."),
+    ("teacher_ranks", {"teacher__signal_window": 3}, (2,),
+     "teacher.signal_window is 3; it must divide the 4 microbatches of a step (data.global_batch_size 16 / "
+     "(data.micro_batch_size 2 x data-parallel size 2)). Use 1, 2 or 4."),
+    ("teacher_ranks", {"teacher__signal_window": 1, "teacher__parallel": {"micro_batch_size": 4}}, (2,),
+     "the teacher goes through 4 samples at a time (1 microbatches of 2 on 2 of the student's data ranks); they must "
+     "be a multiple of teacher.parallel.micro_batch_size 4 x its data-parallel size 2 = 8."),
     ("best", {"evaluation": {"patience": 2}}, (),
      "evaluation.patience is 2 and evaluation.metric is null; patience counts evaluations without a better"),
     ("best", {"evaluation": {"metric": "cross_entropy"}, "data__valid": ["x"]}, (),
@@ -187,6 +211,8 @@ ACCEPTED: list[tuple[str, dict[str, Any], tuple[int, ...]]] = [
     ("micro_batches", {"data__micro_batch_size": 16}, ()),
     ("world_size", {TP: 2, PP: 2}, (8,)),
     ("global_batch", {TP: 2}, (16,)),
+    ("teacher_layout", {"teacher__parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True}}, ()),
+    ("teacher_ranks", {"teacher__signal_window": 2, "teacher__parallel": {"pipeline_model_parallel_size": 2}}, (2,)),
 ]  # fmt: skip
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ from megakd.config.schema import Config
 from megakd.planning.job import build_job
 from megakd.planning.timing import step_timing
 from megakd.planning.traffic import gather, send
+from tests.parallel.sent_bytes import count_sent_bytes
 from tests.planning.jobs import CLUSTER
 from tests.training.runs import layout, run_values, save_llama, write_tokens
 
@@ -31,10 +30,6 @@ LAYOUTS = {
     "tensor_and_pipeline": (4, layout(2, 2, parallel__sequence_parallel=True,
                                       parallel__num_layers_in_last_pipeline_stage=1)),
 }  # fmt: skip
-_NAMES = (
-    "allreduce", "all_gather_single", "reduce_scatter_single", "allreduce_coalesced", "all_gather_single_coalesced",
-    "reduce_scatter_single_coalesced",
-)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -50,46 +45,13 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@contextmanager
-def counted() -> Iterator[dict[str, float]]:
-    """Bytes that this rank sends inside: of collectives as a ring would, and of messages."""
-    import torch
-    import torch.distributed as dist
-
-    sent = {"collectives": 0.0, "messages": 0.0}
-
-    def ring(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
-        def call(group: Any, *args: Any, **kwargs: Any) -> Any:
-            tensors = [t for argument in args for t in (argument if isinstance(argument, list) else [argument])]
-            sizes = [t.nbytes for t in tensors if isinstance(t, torch.Tensor)]
-            # Of a gather or scatter the larger tensor is the whole; several that go together are each whole.
-            whole = sum(sizes) if name == "allreduce_coalesced" else max(sizes)
-            sent["collectives"] += whole * (group.size() - 1) / group.size() * (2 if "allreduce" in name else 1)
-            return original(group, *args, **kwargs)
-
-        return call
-
-    def message(original: Callable[..., Any]) -> Callable[..., Any]:
-        def call(group: Any, tensors: list[Any], *args: Any, **kwargs: Any) -> Any:
-            sent["messages"] += sum(tensor.nbytes for tensor in tensors)
-            return original(group, tensors, *args, **kwargs)
-
-        return call
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name in _NAMES:
-            patch.setattr(dist.ProcessGroup, name, ring(name, getattr(dist.ProcessGroup, name)))
-        patch.setattr(dist.ProcessGroup, "send", message(dist.ProcessGroup.send))
-        yield sent
-
-
 def sent_bytes(values: dict[str, Any]) -> dict[str, float]:
     """What this rank sends in its second step."""
     from tests.training.runs import build
 
     built = build(values)
     built.train(0, 1)
-    with counted() as sent:
+    with count_sent_bytes() as sent:
         built.train(1, 2)
     return sent
 

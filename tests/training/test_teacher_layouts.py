@@ -27,9 +27,9 @@ CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "tp2_pp2_from_tp4_pp1": (4, layout(2, 2), teacher(4, 1)),
     "tp2_pp2_from_dp4": (4, layout(2, 2), teacher(1, 1)),
     "tp2_pp2_from_tp2_dp2": (4, layout(2, 2), teacher(2, 1)),
-    "sequence_parallel_both": (4, layout(2, 2, **CUT), teacher(4, 1, sequence_parallel=True)),
-    "sequence_parallel_student": (4, layout(2, 2, **CUT), teacher(4, 1, sequence_parallel=False)),
-    "sequence_parallel_teacher": (4, layout(2, 2), teacher(4, 1, sequence_parallel=True)),
+    "both_cut": (4, layout(2, 2, **CUT), teacher(4, 1, sequence_parallel=True)),
+    "student_cut": (4, layout(2, 2, **CUT), teacher(4, 1, sequence_parallel=False)),
+    "teacher_cut": (4, layout(2, 2), teacher(4, 1, sequence_parallel=True)),
     "micro_batch_1": (4, layout(2, 2), teacher(1, 4, micro_batch_size=1)),
     "micro_batch_4": (4, layout(1, 2), teacher(2, 2, micro_batch_size=4)),
     "dp4_from_pp4": (4, layout(1, 1), teacher(1, 4)),
@@ -96,7 +96,7 @@ def on_one_rank(run_ranks: Callable[..., Any], files: Path) -> Callable[..., Any
         *((case, ("student", "teacher")) for case in CASES),
         ("tp2_pp2_from_tp4_pp1", ("tied", "teacher")),
         ("tp2_pp2_from_tp1_pp4", ("student", "tied_teacher")),
-        ("sequence_parallel_both", ("tied", "tied_teacher")),
+        ("both_cut", ("tied", "tied_teacher")),
     ],
 )
 def test_loss_and_gradients_are_those_of_one_rank(run_ranks, files, on_one_rank, case, models):
