@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +19,42 @@ from megakd.parallel.mesh import ModelMesh
 ForwardStep = Callable[[Any, torch.nn.Module], tuple[Any, Callable[..., Any]]]
 
 
+class GradientWindows:
+    """A step in several calls of `run_pipeline`: gradients add up, and are finalised once, at the end of the last.
+
+    Args:
+        count: calls of the step.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._left = count
+        self._tokens: torch.Tensor | None = None
+
+    @contextmanager
+    def window(self, model: torch.nn.Module) -> Iterator[None]:
+        """Around one call's schedule; `model` is megatron-core's DistributedDataParallel."""
+        assert self._left > 0, "more windows than the step has"
+        self._left -= 1
+        is_last = self._left == 0
+        config = get_model_config(model)
+        finalize, no_sync = config.finalize_model_grads_func, config.no_sync_func
+
+        def collect(model: Any, num_tokens: torch.Tensor, **settings: Any) -> None:
+            self._tokens = num_tokens.clone() if self._tokens is None else self._tokens + num_tokens
+            if is_last:
+                finalize(model, self._tokens, **settings)
+
+        config.finalize_model_grads_func = collect
+        if not is_last:
+            # The schedule would let the reduction begin with its last microbatch.
+            config.no_sync_func = None
+        try:
+            with nullcontext() if is_last else model.no_sync():  # type: ignore[operator]
+                yield
+        finally:
+            config.finalize_model_grads_func, config.no_sync_func = finalize, no_sync
+
+
 def run_pipeline(
     mesh: ModelMesh,
     model: torch.nn.Module,
@@ -28,10 +65,12 @@ def run_pipeline(
     micro_batch_size: int,
     sequence_length: int,
     forward_only: bool = False,
+    windows: GradientWindows | None = None,
 ) -> list[Any]:
     """Run microbatches through the model's stages, one forward one backward in turn, and finalise gradients.
 
     Args:
+        windows: the step that these microbatches are a part of, where they are not all of it.
         forward_step: called as `forward_step(iterator, model)` on every stage; returns the stage's output and a
             function of it, called on the last stage. In training that function returns (loss sum, token count, record);
             with `forward_only` it returns the record alone.
@@ -51,10 +90,11 @@ def run_pipeline(
         "collect_non_loss_data": forward_only,
         "pg_collection": mesh.groups,
     }
-    if mesh.pp_size == 1:
-        return forward_backward_no_pipelining(**arguments)
-    communicator = P2PCommunicator(pp_group=mesh.groups.pp, config=get_model_config(model))
-    return forward_backward_pipelining_without_interleaving(**arguments, p2p_communicator=communicator)
+    with nullcontext() if windows is None else windows.window(model):
+        if mesh.pp_size == 1:
+            return forward_backward_no_pipelining(**arguments)
+        communicator = P2PCommunicator(pp_group=mesh.groups.pp, config=get_model_config(model))
+        return forward_backward_pipelining_without_interleaving(**arguments, p2p_communicator=communicator)
 
 
 def _with_tensor_output(forward_step: ForwardStep) -> ForwardStep:

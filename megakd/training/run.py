@@ -201,7 +201,7 @@ class Run:
         self.watchdog.enter("computing")
         result = train_step(
             self._student, self._training_teacher, self._objective, self._optimizer, microbatches, rate, self.platform,
-            self._clock,
+            self._clock, None if config.teacher is None else config.teacher.signal_window,
         )  # fmt: skip
         times = self._rank_times.gather(self._clock.stop())
         counters.step += 1

@@ -12,7 +12,7 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from megakd.common.step_parts import OPTIMIZER, TEACHER
 from megakd.evaluation.evaluate import sum_over_ranks
-from megakd.parallel.pipeline import run_pipeline
+from megakd.parallel.pipeline import GradientWindows, run_pipeline
 from megakd.parallel.timed_collectives import collectives_timed
 from megakd.platform import NOT_TIMED, Platform, StepClock
 from megakd.teacher import Teacher
@@ -41,30 +41,51 @@ def accumulate_gradients(
     objective: Objective,
     microbatches: list[Batch],
     clock: StepClock = NOT_TIMED,
+    signal_window: int | None = None,
 ) -> torch.Tensor:
     """Fill the student's gradient buffers for this global batch, divided once by its token count.
+
+    Args:
+        signal_window: microbatches that the teacher and then the student go through at a time; None: all.
 
     Returns:
         Sums [4] of total, kd, ce and tokens over the global batch, on every rank.
     """
     with clock.during(OPTIMIZER):
         student.model.zero_grad_buffer()
-    signals: Sequence[Signal] = [None] * len(microbatches)
-    if teacher is not None:
-        with clock.during(TEACHER):
-            signals = teacher.signals(microbatches)
+    size = signal_window or len(microbatches)
+    windows = GradientWindows(len(microbatches) // size)
+    records: list[torch.Tensor] = []
+    for start in range(0, len(microbatches), size):
+        window = microbatches[start : start + size]
+        signals: Sequence[Signal] = [None] * size
+        if teacher is not None:
+            with clock.during(TEACHER):
+                signals = teacher.signals(window)
+        records += _run_student(student, objective, window, signals, windows)
+    sums = torch.stack(records).sum(0) if records else torch.zeros(4, dtype=torch.float64)
+    return sum_over_ranks(sums, student.mesh)
+
+
+def _run_student(
+    student: Student,
+    objective: Objective,
+    microbatches: list[Batch],
+    signals: Sequence[Signal],
+    windows: GradientWindows,
+) -> list[torch.Tensor]:
+    """The student's schedule over a window; the losses' records on the last stage."""
     micro_batch_size, sequence_length = microbatches[0]["tokens"].shape
-    records = run_pipeline(
+    return run_pipeline(
         student.mesh,
         student.model,
         objective.forward_step,
-        list(zip(microbatches, signals, strict=True)),
+        zip(microbatches, signals, strict=True),
         num_microbatches=len(microbatches),
         micro_batch_size=micro_batch_size,
         sequence_length=sequence_length,
+        windows=windows,
     )
-    sums = torch.stack(records).sum(0) if records else torch.zeros(4, dtype=torch.float64)
-    return sum_over_ranks(sums, student.mesh)
 
 
 def train_step(
@@ -76,8 +97,9 @@ def train_step(
     learning_rate: float,
     platform: Platform,
     clock: StepClock = NOT_TIMED,
+    signal_window: int | None = None,
 ) -> StepResult:
-    """Run one step. Collective over all ranks.
+    """Run one step, in windows as `accumulate_gradients` does. Collective over all ranks.
 
     Args:
         clock: shares out the step's time where it is running and the student is timed by it (see timing.time_student).
@@ -87,7 +109,7 @@ def train_step(
             group["lr"] = learning_rate
         with clock.during(OPTIMIZER):
             optimizer.zero_grad()
-        sums = accumulate_gradients(student, teacher, objective, microbatches, clock)
+        sums = accumulate_gradients(student, teacher, objective, microbatches, clock, signal_window)
         with clock.during(OPTIMIZER):
             skipped = not _all_finite(sums, student)
             grad_norm = math.nan

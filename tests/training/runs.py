@@ -151,7 +151,7 @@ class Built:
             return [
                 train_step(
                     self.student, self.teacher, self.objective, self.optimizer, batches.microbatches(step),
-                    self.config.optimizer.lr, self.platform,
+                    self.config.optimizer.lr, self.platform, signal_window=self.signal_window,
                 ).loss
                 for step in range(first, stop)
             ]  # fmt: skip
@@ -189,7 +189,13 @@ class Built:
         """Fill the gradient buffers; returns the sums of the global batch."""
         from megakd.training.step import accumulate_gradients
 
-        return accumulate_gradients(self.student, self.teacher, self.objective, microbatches).tolist()
+        settings = {"signal_window": self.signal_window}
+        return accumulate_gradients(self.student, self.teacher, self.objective, microbatches, **settings).tolist()
+
+    @property
+    def signal_window(self) -> int | None:
+        """The configuration's."""
+        return None if self.config.teacher is None else self.config.teacher.signal_window
 
 
 def build(values: dict[str, Any]) -> Built:

@@ -33,6 +33,13 @@ CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "micro_batch_1": (4, layout(2, 2), teacher(1, 4, micro_batch_size=1)),
     "micro_batch_4": (4, layout(1, 2), teacher(2, 2, micro_batch_size=4)),
     "dp4_from_pp4": (4, layout(1, 1), teacher(1, 4)),
+    "window_1": (4, layout(2, 2), teacher(1, 4) | {"teacher__signal_window": 1}),
+    "window_2": (2, layout(2, 1), {"teacher__signal_window": 2}),
+    "window_4_overlapped": (
+        4, layout(1, 2, optimizer__overlap_grad_reduce=True, optimizer__use_distributed_optimizer=True),
+        teacher(2, 2) | {"teacher__signal_window": 4},
+    ),
+    "offloaded": (4, layout(2, 2), teacher(4, 1) | {"teacher__offload": "cpu"}),
     "micro_batch_alone": (1, layout(), teacher(micro_batch_size=4)),
 }  # fmt: skip
 
