@@ -14,7 +14,7 @@ class StageFlops:
     Attributes:
         forward, backward: of the student's layers, recomputation included.
         loss: the products with both heads, gradients included.
-        teacher: of the teacher's layers.
+        teacher: of the teacher's layers, for one of its own microbatches.
     """
 
     forward: float
@@ -44,26 +44,33 @@ def attention_products(model: Model, sequence_length: int) -> float:
 
 def stage_flops(job: Job) -> list[StageFlops]:
     """The operations of each of the student's stages."""
-    n, length = job.micro_tokens, job.sequence_length
+    n, length = job.micro_tokens(job.student), job.sequence_length
     recompute = job.config.student.recompute_granularity
     layer = layer_flops(job.student, length)
     again = {"none": 0.0, "full": layer}.get(
         recompute, 2.0 * attention_products(job.student, length) / job.student.layout.tp
     )
-    teacher_layer = 0.0 if job.teacher is None else layer_flops(job.teacher, length)
+    teachers = teacher_flops(job)
     stages = []
     for stage, layers in enumerate(job.student.layout.stage_layers):
-        teacher_layers = 0 if job.teacher is None else job.teacher.layout.stage_layers[stage]
         is_last = stage == job.student.layout.pp - 1
         stages.append(
             StageFlops(
                 forward=n * layers * layer,
                 backward=n * layers * (2 * layer + again),
                 loss=n * _loss_flops(job) if is_last else 0.0,
-                teacher=n * teacher_layers * teacher_layer if job.is_dense else 0.0,
+                teacher=max(teachers[held] for held in job.teacher_stages(stage)) if teachers else 0.0,
             )
         )
     return stages
+
+
+def teacher_flops(job: Job) -> list[float]:
+    """Operations of a rank of each of the teacher's stages for one of its microbatches; none where it does not run."""
+    if job.teacher is None or not job.is_dense:
+        return []
+    layer = job.micro_tokens(job.teacher) * layer_flops(job.teacher, job.sequence_length)
+    return [layers * layer for layers in job.teacher.layout.stage_layers]
 
 
 def _loss_flops(job: Job) -> float:

@@ -8,7 +8,8 @@ from pathlib import Path
 from megakd.common.errors import UserError
 from megakd.config.architecture import GPTArchitecture
 from megakd.config.checks import check_architecture, check_config
-from megakd.config.schema import Config
+from megakd.config.layouts import has_own_layout, teacher_micro_batch_size, teacher_parallel
+from megakd.config.schema import Config, ParallelSection
 from megakd.losses.chunking import chunk_rows
 from megakd.parameters.sharding import padded_vocab_size
 from megakd.planning.layout import ModelLayout, split_layers
@@ -24,12 +25,14 @@ class Model:
     Attributes:
         padded_vocab: rows of its embedding over all tensor ranks.
         element_size: bytes of a weight and of an activation.
+        micro_batch_size: samples of a forward pass.
     """
 
     architecture: GPTArchitecture
     layout: ModelLayout
     padded_vocab: int
     element_size: int
+    micro_batch_size: int
 
 
 @dataclass(frozen=True)
@@ -60,10 +63,39 @@ class Job:
         """Positions of a sample."""
         return self.config.data.sequence_length
 
+    def micro_tokens(self, model: Model) -> int:
+        """Tokens of one of a model's microbatches."""
+        return model.micro_batch_size * self.sequence_length
+
     @property
-    def micro_tokens(self) -> int:
-        """Tokens of a microbatch."""
-        return self.config.data.micro_batch_size * self.sequence_length
+    def crosses(self) -> bool:
+        """Whether the teacher's hidden states are moved from a layout of its own to the student's."""
+        return self.is_dense and has_own_layout(self.config)
+
+    @property
+    def num_windows(self) -> int:
+        """Windows of a step: the teacher's turns, and the student's."""
+        teacher = self.config.teacher
+        window = None if teacher is None or not self.is_dense else teacher.signal_window
+        return 1 if window is None else self.num_microbatches // window
+
+    @property
+    def window_microbatches(self) -> int:
+        """The student's microbatches of a window."""
+        return self.num_microbatches // self.num_windows
+
+    @property
+    def teacher_microbatches(self) -> int:
+        """The teacher's microbatches of a window."""
+        assert self.teacher is not None
+        samples = self.config.data.global_batch_size // self.num_windows
+        return samples // (self.teacher.micro_batch_size * self.teacher.layout.dp)
+
+    def teacher_stages(self, stage: int) -> list[int]:
+        """The teacher's stages that ranks of one of the student's stages hold."""
+        assert self.teacher is not None
+        mine, theirs = (m.layout.dp * m.layout.tp for m in (self.student, self.teacher))
+        return sorted({rank // theirs for rank in range(stage * mine, (stage + 1) * mine)})
 
     @property
     def num_microbatches(self) -> int:
@@ -140,19 +172,22 @@ def build_job(config: Config, world_size: int, device_type: str) -> Job:
     element_size = _BYTES[config.run.dtype]
     student = Model(
         architecture,
-        _layout(config, world_size, architecture, is_student=True),
+        _layout(parallel, world_size, architecture),
         padded_vocab_size(architecture.vocab_size, divisible_by),
         element_size,
+        config.data.micro_batch_size,
     )
     teacher = None
     if config.teacher is not None and config.teacher.source == "online":
         shape = teacher_architecture(config)
-        check_architecture("teacher", shape, parallel, length, has_stage_split=False)
+        own = teacher_parallel(config)
+        check_architecture("teacher", shape, own, length, has_stage_split=False)
         teacher = Model(
             shape,
-            _layout(config, world_size, shape, is_student=False),
+            _layout(own, world_size, shape),
             padded_vocab_size(shape.vocab_size, 128),
             _BYTES[config.teacher.dtype or config.run.dtype],
+            teacher_micro_batch_size(config),
         )
     dense = teacher is not None and config.distill.kd_weight > 0
     chunk = chunk_rows(
@@ -184,11 +219,9 @@ def with_settings(config: Config, settings: dict[str, object]) -> Config:
     return config
 
 
-def _layout(config: Config, world_size: int, architecture: GPTArchitecture, *, is_student: bool) -> ModelLayout:
-    parallel = config.parallel
+def _layout(parallel: ParallelSection, world_size: int, architecture: GPTArchitecture) -> ModelLayout:
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    first = parallel.num_layers_in_first_pipeline_stage if is_student else None
-    last = parallel.num_layers_in_last_pipeline_stage if is_student else None
+    first, last = parallel.num_layers_in_first_pipeline_stage, parallel.num_layers_in_last_pipeline_stage
     layers = split_layers(architecture.num_layers, pp, first, last)
     return ModelLayout(tp, pp, world_size // (tp * pp), parallel.sequence_parallel and tp > 1, layers)
 

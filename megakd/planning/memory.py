@@ -54,11 +54,12 @@ def stage_memory(job: Job) -> list[StageMemory]:
     teachers = [] if job.teacher is None else stage_parameters(job.teacher, has_head=False)
     stages = []
     for stage, parameters in enumerate(students):
-        teacher = teachers[stage] if teachers else None
+        held = [] if job.teacher is None else [teachers[number] for number in job.teacher_stages(stage)]
+        teacher = max(held, key=lambda parameters: parameters.count, default=None)
         resident = _resident(job, stage, parameters, teacher)
         moments = _student_moments(job, stage, parameters) | {"optimizer": _optimizer_moment(job, stage, parameters)}
         if job.teacher is not None and teacher is not None:
-            moments["teacher"] = _teacher_moment(job, job.teacher, stage)
+            moments["teacher"] = _teacher_moment(job, job.teacher, stage, teacher)
         stages.append(StageMemory(parameters.count, _teacher_count(job, stage, teacher), resident, moments))
     return stages
 
@@ -99,28 +100,32 @@ def _resident(job: Job, stage: int, parameters: StageParameters, teacher: StageP
         "optimizer": _optimizer_bytes(job, parameters.count),
     }
     if job.teacher is not None and teacher is not None:
-        resident["teacher"] = _teacher_count(job, stage, teacher) * job.teacher.element_size
-    resident["batches"] = 2 * job.num_microbatches * job.micro_tokens * (_BATCH_BYTES + job.signal_bytes)
+        # Parked weights are on the device while the teacher runs; its head stays.
+        is_parked = job.config.teacher is not None and job.config.teacher.offload == "cpu" and job.device_type == "cuda"
+        count = _teacher_head(job, stage) if is_parked else _teacher_count(job, stage, teacher)
+        resident["teacher"] = count * job.teacher.element_size
+    resident["batches"] = 2 * job.num_microbatches * job.micro_tokens(job.student) * (_BATCH_BYTES + job.signal_bytes)
     gathered = [m for m in (student, job.teacher) if m is not None and m.layout.sequence_parallel]
     if gathered:
         # megatron-core keeps one buffer for sequences put together, the widest that was asked for.
         resident["gathered sequences"] = max(
-            job.micro_tokens * m.architecture.hidden_size * m.element_size for m in gathered
+            job.micro_tokens(m) * m.architecture.hidden_size * m.element_size for m in gathered
         )
     return resident
 
 
-def _signals(job: Job, stage: int, count: int | None = None) -> float:
-    """The teacher's hidden states of a step's microbatches."""
+def _signals(job: Job, stage: int) -> float:
+    """The teacher's hidden states of a window's microbatches, cut over the student's tensor ranks where they moved."""
     if job.teacher is None or not job.is_dense or not _is_last(job, stage):
         return 0.0
-    width = job.teacher.architecture.hidden_size * job.teacher.element_size / job.teacher.layout.sequence_shards
-    return (job.num_microbatches if count is None else count) * job.micro_tokens * width
+    shards = job.student.layout.tp if job.crosses else job.teacher.layout.sequence_shards
+    width = job.teacher.architecture.hidden_size * job.teacher.element_size / shards
+    return job.window_microbatches * job.micro_tokens(job.student) * width
 
 
 def _student_moments(job: Job, stage: int, parameters: StageParameters) -> dict[str, dict[str, float]]:
     """Moments of the student's schedule: one forward, one backward in turn."""
-    student, n = job.student, job.micro_tokens
+    student, n = job.student, job.micro_tokens(job.student)
     recompute = job.config.student.recompute_granularity
     each = _microbatch_bytes(job, stage, recompute)
     in_flight = min(student.layout.pp - stage, job.num_microbatches)
@@ -147,7 +152,7 @@ def _student_moments(job: Job, stage: int, parameters: StageParameters) -> dict[
 
 def _microbatch_bytes(job: Job, stage: int, recompute: str) -> float:
     """What a stage keeps of one microbatch between forward and backward."""
-    student, n = job.student, job.micro_tokens
+    student, n = job.student, job.micro_tokens(job.student)
     a, e, layout = student.architecture, student.element_size, student.layout
     layers = layout.stage_layers[stage]
     each = n * layer_bytes(job, student, recompute=recompute)
@@ -166,7 +171,7 @@ def _microbatch_bytes(job: Job, stage: int, recompute: str) -> float:
 
 def _loss_bytes(job: Job) -> float:
     """The fused loss of a microbatch: chunks of logits, hidden states put together, the gradient of the student's."""
-    student, n = job.student, job.micro_tokens
+    student, n = job.student, job.micro_tokens(job.student)
     width = job.head_vocab / student.layout.tp
     models = [student] + ([job.teacher] if job.is_dense and job.teacher is not None else [])
     logits = len(models) * job.chunk * width * 4
@@ -176,7 +181,7 @@ def _loss_bytes(job: Job) -> float:
     gathered = sum(
         n * m.architecture.hidden_size * m.element_size
         for m in models
-        if m.layout.sequence_parallel or job.device_type == "cuda"
+        if m.layout.sequence_parallel or job.device_type == "cuda" or (m is job.teacher and job.crosses)
     )
     h, e = student.architecture.hidden_size, student.element_size
     gradient = n * h * 4 + (n * h * e / student.layout.sequence_shards if e != 4 else 0)
@@ -194,7 +199,13 @@ def _optimizer_moment(job: Job, stage: int, parameters: StageParameters) -> dict
     return {"signals": _signals(job, stage), "passing by": passing}
 
 
-def _teacher_moment(job: Job, teacher: Model, stage: int) -> dict[str, float]:
-    """The teacher's last microbatch: the signals of those before, and a layer at work."""
-    n = job.micro_tokens
-    return {"signals": _signals(job, stage), "passing by": n * forward_bytes(teacher)}
+def _teacher_moment(job: Job, teacher: Model, stage: int, parameters: StageParameters) -> dict[str, float]:
+    """The teacher's last microbatch: the hidden states of those before, and a layer at work."""
+    moment = {"signals": _signals(job, stage), "passing by": job.micro_tokens(teacher) * forward_bytes(teacher)}
+    if job.crosses and teacher.layout.pp - 1 in job.teacher_stages(stage):
+        # What is to cross is held as it came, and once more as it is sent.
+        width = teacher.architecture.hidden_size * teacher.element_size / teacher.layout.sequence_shards
+        moment["to cross"] = 2 * job.teacher_microbatches * job.micro_tokens(teacher) * width
+    if job.config.teacher is not None and job.config.teacher.offload == "cpu" and job.device_type == "cuda":
+        moment["fetched teacher"] = parameters.count * teacher.element_size
+    return moment

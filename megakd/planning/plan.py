@@ -74,7 +74,7 @@ class Plan:
             "stages": [
                 {
                     "student_layers": self.job.student.layout.stage_layers[index],
-                    "teacher_layers": 0 if self.job.teacher is None else self.job.teacher.layout.stage_layers[index],
+                    "teacher_layers": teacher_layers(self.job, index),
                     "parameters": stage.parameters,
                     "teacher_parameters": stage.teacher_parameters,
                     "peak_bytes": stage.peak,
@@ -103,6 +103,13 @@ class Plan:
             "dollars_per_billion_tokens": self.price(1e9),
             "steps": self.job.num_steps(),
         }
+
+
+def teacher_layers(job: Job, stage: int) -> int:
+    """The most layers of the teacher that a rank of one of the student's stages holds."""
+    if job.teacher is None:
+        return 0
+    return max(job.teacher.layout.stage_layers[held] for held in job.teacher_stages(stage))
 
 
 def build_plan(job: Job, cluster: Cluster) -> Plan:

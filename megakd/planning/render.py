@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from megakd.common.text_table import text_table
 from megakd.planning.advice import advise
 from megakd.planning.job import Model
-from megakd.planning.plan import GIB, Plan
+from megakd.planning.plan import GIB, Plan, teacher_layers
 from megakd.planning.sweep import Candidate
 
 
@@ -82,11 +82,15 @@ def _head(plan: Plan) -> Iterator[str]:
     teacher = "no teacher beside it"
     if job.teacher is not None:
         teacher = f"teacher of {_count(job.teacher)} in {_dtype(job.teacher.element_size)}"
+        if job.crosses:
+            own = job.teacher.layout
+            teacher += f" on TP {own.tp} x PP {own.pp} x DP {own.dp}, microbatches of {job.teacher.micro_batch_size}"
     data = job.config.data
     yield (
         f"student of {_count(job.student)} parameters in "
         f"{_dtype(job.student.element_size)}, {teacher}; a step is {job.num_microbatches} microbatches of "
         f"{data.micro_batch_size} x {data.sequence_length:,} tokens on each of {layout.dp} replicas"
+        f"{f', in {job.num_windows} windows' if job.num_windows > 1 else ''}"
     )
 
 
@@ -106,7 +110,7 @@ def _memory(plan: Plan) -> Iterator[str]:
     for index, stage in enumerate(plan.memory):
         layers = str(plan.job.student.layout.stage_layers[index])
         if plan.job.teacher is not None:
-            layers += f"+{plan.job.teacher.layout.stage_layers[index]}"
+            layers += f"+{teacher_layers(plan.job, index)}"
         parameters = f"{stage.parameters / 1e6:,.1f}"
         if plan.job.teacher is not None:
             parameters += f"+{stage.teacher_parameters / 1e6:,.1f}"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from megakd.planning.activations import layer_bytes
 from megakd.planning.clusters import Cluster
-from megakd.planning.flops import StageFlops, stage_flops
+from megakd.planning.flops import StageFlops, stage_flops, teacher_flops
 from megakd.planning.job import Job, Model
 from megakd.planning.schedule import forward_only, one_forward_one_backward
 from megakd.planning.stages import stage_parameters
@@ -14,6 +14,7 @@ from megakd.planning.traffic import (
     NOTHING,
     Transfer,
     boundary_transfer,
+    crossing_transfer,
     embedding_transfer,
     gradient_transfer,
     layer_transfer,
@@ -25,6 +26,8 @@ from megakd.training.flops import step_flops
 _LOSS_PASSES = 8
 # Adam reads gradient, weight and two moments and writes three of them.
 _OPTIMIZER_BYTES = 28.0
+# Between main memory and a GPU, of a PCIe 4 link of 16 lanes.
+_HOST_GB_PER_S = 25.0
 # What a layer keeps is written once; elementwise kernels read and write it about so often, forward.
 _ELEMENTWISE = 2.0
 
@@ -68,15 +71,12 @@ class StepTiming:
 def step_timing(job: Job, cluster: Cluster) -> StepTiming:
     """Estimate a step: the teacher's window, the student's schedule, the reduction, the update."""
     stages = stage_timings(job, cluster)
-    count, layout = job.num_microbatches, job.student.layout
+    count, layout = job.window_microbatches, job.student.layout
     passing = [boundary_transfer(job, job.student, cluster, stage).seconds for stage in range(layout.pp - 1)]
     ends = one_forward_one_backward([s.forward + s.loss for s in stages], [s.backward for s in stages], passing, count)
-    student = max(ends)
-    busiest = max(count * (s.forward + s.loss + s.backward) for s in stages)
-    teacher = 0.0
-    if job.is_dense and job.teacher is not None:
-        between = [boundary_transfer(job, job.teacher, cluster, stage).seconds for stage in range(layout.pp - 1)]
-        teacher = forward_only([s.teacher for s in stages], between, count)
+    student = job.num_windows * max(ends)
+    busiest = job.num_microbatches * max(s.forward + s.loss + s.backward for s in stages)
+    teacher = job.num_windows * _teacher_seconds(job, cluster)
     exposed = max(_exposed(job, cluster, stage, stages[stage]) for stage in range(layout.pp))
     optimizer = max(_optimizer_seconds(job, cluster, stage) for stage in range(layout.pp))
     seconds = teacher + student + exposed + optimizer
@@ -112,22 +112,45 @@ def _stage_timing(job: Job, cluster: Cluster, stage: int, flops: StageFlops) -> 
     loss = 0.0
     if stage == job.student.layout.pp - 1:
         models = 2 if job.is_dense else 1
-        logits = models * job.micro_tokens * job.head_vocab / job.student.layout.tp * 4
+        logits = models * job.micro_tokens(job.student) * job.head_vocab / job.student.layout.tp * 4
         loss = _product_seconds(cluster, flops.loss, job.student.element_size)
         loss += _memory_seconds(cluster, _LOSS_PASSES * logits) + loss_transfer(job, cluster).seconds
-    teacher = 0.0
-    if job.is_dense and job.teacher is not None:
-        count = job.teacher.layout.stage_layers[stage]
-        teacher = _model_seconds(job, cluster, job.teacher, flops.teacher, count)
-        teacher += layer_transfer(job, job.teacher, cluster, backward=False).seconds * count
-        if stage == 0:
-            teacher += embedding_transfer(job, job.teacher, cluster, backward=False).seconds
+    teachers = _teacher_stage_seconds(job, cluster)
+    teacher = max(teachers[held] for held in job.teacher_stages(stage)) if teachers else 0.0
     return StageTiming(forward, backward, loss, teacher)
+
+
+def _teacher_stage_seconds(job: Job, cluster: Cluster) -> list[float]:
+    """Seconds of each of the teacher's stages for one of its microbatches; none where it does not run."""
+    if job.teacher is None:
+        return []
+    stages = []
+    for stage, flops in enumerate(teacher_flops(job)):
+        count = job.teacher.layout.stage_layers[stage]
+        seconds = _model_seconds(job, cluster, job.teacher, flops, count)
+        seconds += layer_transfer(job, job.teacher, cluster, backward=False).seconds * count
+        if stage == 0:
+            seconds += embedding_transfer(job, job.teacher, cluster, backward=False).seconds
+        stages.append(seconds)
+    return stages
+
+
+def _teacher_seconds(job: Job, cluster: Cluster) -> float:
+    """Of a window: the teacher's pipeline, the crossing, and the way of parked weights to the device."""
+    stages = _teacher_stage_seconds(job, cluster)
+    if job.teacher is None or not stages:
+        return 0.0
+    between = [boundary_transfer(job, job.teacher, cluster, stage).seconds for stage in range(len(stages) - 1)]
+    seconds = forward_only(stages, between, job.teacher_microbatches) + crossing_transfer(job, cluster).seconds
+    if job.config.teacher is not None and job.config.teacher.offload == "cpu" and job.device_type == "cuda":
+        largest = max(stage.count for stage in stage_parameters(job.teacher, has_head=False))
+        seconds += largest * job.teacher.element_size / (_HOST_GB_PER_S * 1e9)
+    return seconds
 
 
 def _model_seconds(job: Job, cluster: Cluster, model: Model, flops: float, layers: int) -> float:
     """Products, and the elementwise work of so many passes through a layer."""
-    elementwise = _ELEMENTWISE * job.micro_tokens * layer_bytes(job, model) * layers
+    elementwise = _ELEMENTWISE * job.micro_tokens(model) * layer_bytes(job, model) * layers
     return _product_seconds(cluster, flops, model.element_size) + _memory_seconds(cluster, elementwise)
 
 
@@ -158,18 +181,22 @@ def _step_transfers(job: Job, cluster: Cluster) -> dict[str, Transfer]:
     count, layout = job.num_microbatches, job.student.layout
     transfers = {"student, tensor ranks": _largest(_student_transfers(job, cluster)).times(count)}
     if job.is_dense and job.teacher is not None:
+        turns = job.num_windows * job.teacher_microbatches
         layer = layer_transfer(job, job.teacher, cluster, backward=False)
         first, *others = [layer.times(layers) for layers in job.teacher.layout.stage_layers]
         first = first.plus(embedding_transfer(job, job.teacher, cluster, backward=False))
-        transfers["teacher, tensor ranks"] = _largest([first, *others]).times(count)
+        transfers["teacher, tensor ranks"] = _largest([first, *others]).times(turns)
+        transfers["teacher to student"] = crossing_transfer(job, cluster).times(job.num_windows)
     transfers["loss, tensor ranks"] = loss_transfer(job, cluster).times(count)
     if layout.pp > 1:
         worst = [boundary_transfer(job, job.student, cluster, stage) for stage in range(layout.pp - 1)]
         # Middle stages send activations on and gradients back.
         transfers["student, stages"] = _largest(worst).times(count * (2 if layout.pp > 2 else 1))
-        if job.is_dense and job.teacher is not None:
-            worst = [boundary_transfer(job, job.teacher, cluster, stage) for stage in range(layout.pp - 1)]
-            transfers["teacher, stages"] = _largest(worst).times(count)
+    if job.is_dense and job.teacher is not None and job.teacher.layout.pp > 1:
+        stages = range(job.teacher.layout.pp - 1)
+        worst = [boundary_transfer(job, job.teacher, cluster, stage) for stage in stages]
+        turns = job.num_windows * job.teacher_microbatches
+        transfers["teacher, stages"] = _largest(worst).times(turns)
     pairs = [gradient_transfer(job, cluster, stage) for stage in range(layout.pp)]
     transfers["gradients, data ranks"] = _largest([reduce for reduce, _ in pairs])
     transfers["parameters, data ranks"] = _largest([collect for _, collect in pairs])

@@ -76,14 +76,14 @@ def layer_transfer(job: Job, model: Model, cluster: Cluster, *, backward: bool) 
     Attention and MLP each put the sequence together and spread it again, or add up a whole one, which is as much.
     Under sequence parallelism backward puts it together once more, for the weights' gradients.
     """
-    size = job.micro_tokens * model.architecture.hidden_size * model.element_size
+    size = job.micro_tokens(model) * model.architecture.hidden_size * model.element_size
     rounds = 6 if backward and model.layout.sequence_parallel else 4
     return gather(cluster, model.layout.tensor_group(), size).times(rounds)
 
 
 def embedding_transfer(job: Job, model: Model, cluster: Cluster, *, backward: bool) -> Transfer:
     """The first stage's embedding, of which every tensor rank holds a part, for one microbatch in one direction."""
-    size = job.micro_tokens * model.architecture.hidden_size * model.element_size
+    size = job.micro_tokens(model) * model.architecture.hidden_size * model.element_size
     once = gather(cluster, model.layout.tensor_group(), size)
     if model.layout.sequence_parallel:
         return once
@@ -92,22 +92,44 @@ def embedding_transfer(job: Job, model: Model, cluster: Cluster, *, backward: bo
 
 def boundary_transfer(job: Job, model: Model, cluster: Cluster, stage: int) -> Transfer:
     """A microbatch's activations, or their gradients, from a stage to its neighbour."""
-    size = job.micro_tokens * model.architecture.hidden_size * model.element_size / model.layout.sequence_shards
+    size = job.micro_tokens(model) * model.architecture.hidden_size * model.element_size / model.layout.sequence_shards
     return send(cluster, model.layout.boundary(stage), size)
 
 
 def loss_transfer(job: Job, cluster: Cluster) -> Transfer:
     """The loss's collectives for one microbatch: hidden states, figures per row, the hidden state's gradient."""
-    layout, n = job.student.layout, job.micro_tokens
+    layout, n = job.student.layout, job.micro_tokens(job.student)
     group = layout.tensor_group()
     chunks = -(-n // job.chunk)
     total = gather(cluster, group, 7 * 4 * n * layout.tp / chunks).times(chunks)
     gradient = gather(cluster, group, n * job.student.architecture.hidden_size * 4)
     total = total.plus(gradient if layout.sequence_parallel else gradient.times(2))
     for model in (job.student, job.teacher if job.is_dense else None):
-        if model is not None and model.layout.sequence_parallel:
+        if model is not None and (model.layout.sequence_parallel or (model is job.teacher and job.crosses)):
             total = total.plus(gather(cluster, group, n * model.architecture.hidden_size * model.element_size))
     return total
+
+
+def crossing_transfer(job: Job, cluster: Cluster) -> Transfer:
+    """A window's hidden states from the teacher's last stage to the student's: every state once.
+
+    The rank that sends most; over the network where the two stages do not share their nodes.
+    """
+    if job.teacher is None or not job.crosses:
+        return NOTHING
+    teacher = job.teacher
+    window = job.window_microbatches * job.micro_tokens(job.student) * job.student.layout.dp
+    size = window * teacher.architecture.hidden_size * teacher.element_size / (teacher.layout.dp * teacher.layout.tp)
+    ends = [model.layout.pp * model.layout.dp * model.layout.tp - 1 for model in (job.student, teacher)]
+    starts = [
+        end + 1 - model.layout.dp * model.layout.tp for end, model in zip(ends, (job.student, teacher), strict=True)
+    ]
+    nodes = [
+        set(range(a // cluster.ranks_per_node, b // cluster.ranks_per_node + 1))
+        for a, b in zip(starts, ends, strict=True)
+    ]
+    pair = [0, 0 if nodes[0] == nodes[1] else cluster.ranks_per_node]
+    return send(cluster, pair, size)
 
 
 def gradient_transfer(job: Job, cluster: Cluster, stage: int) -> tuple[Transfer, Transfer]:
