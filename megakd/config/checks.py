@@ -7,8 +7,8 @@ from typing import Literal
 
 from megakd.common.errors import UserError
 from megakd.config.architecture import GPTArchitecture
-from megakd.config.logging_checks import check_profile, check_profiled_ranks
 from megakd.config.layouts import has_own_layout, teacher_micro_batch_size, teacher_parallel
+from megakd.config.logging_checks import check_profile, check_profiled_ranks
 from megakd.config.schema import Config, ParallelSection
 
 Role = Literal["student", "teacher"]

@@ -11,8 +11,8 @@ from megakd.checkpoint.record import newest_record
 from megakd.common.errors import UserError, naming
 from megakd.common.logging import log
 from megakd.config.checks import check_architecture, check_cache_config, check_config
-from megakd.config.logging_checks import check_profiled_steps
 from megakd.config.layouts import teacher_parallel, with_teacher_alone
+from megakd.config.logging_checks import check_profiled_steps
 from megakd.config.schema import Config
 from megakd.convert import check_can_export, check_weights, read_hf_config
 from megakd.convert.hf_config_writing import family_for_export
