@@ -38,7 +38,8 @@ class Candidate:
 def sweep(config: Config, world_size: int, cluster: Cluster) -> tuple[list[Candidate], dict[str, str]]:
     """Candidates, those that fit before those that do not, by their step's time; and why the others are none.
 
-    Teacher and student share the layout. Tensor ranks stay within a node. The batch sizes are the configuration's.
+    Teacher and student share the layout but for what teacher.parallel sets. Tensor ranks stay within a node. The batch
+    sizes are the configuration's.
     """
     candidates, refused = [], {}
     for tp in _divisors(cluster.ranks_per_node):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from megakd.config.layouts import has_own_layout, teacher_micro_batch_size, teacher_parallel
 from megakd.config.schema import Config
 from megakd.parameters.sharding import padded_vocab_size
 from megakd.teacher import CachedTeacher
@@ -22,6 +23,7 @@ def announce(
     layer_spec: str,
     steps: int,
     device_type: str,
+    world_size: int,
 ) -> Iterator[str]:
     """Models, loss and data, a line each."""
     student = student_architecture(config)
@@ -35,7 +37,8 @@ def announce(
         teacher = teacher_architecture(config)
         use = "" if config.distill.kd_weight > 0 else ", for evaluation only"
         yield (
-            f"teacher {config.teacher.path}: {teacher.num_layers} layers, {teacher.num_parameters():,} parameters{use}"
+            f"teacher {config.teacher.path}: {teacher.num_layers} layers, {teacher.num_parameters():,} parameters"
+            f"{use}{_own_layout(config, world_size)}"
         )
     tokens = config.data.sequence_length
     columns = padded_vocab_size(student.vocab_size, config.student.make_vocab_size_divisible_by)
@@ -49,3 +52,21 @@ def announce(
     yield from held_out.lines if held_out is not None else ()
     batch = config.data.global_batch_size * tokens
     yield f"{steps:,} steps of {batch:,} tokens from {data.order.num_samples:,} samples"
+
+
+def _own_layout(config: Config, world_size: int) -> str:
+    """Where the teacher lives, if not as the student does."""
+    assert config.teacher is not None
+    parts = []
+    if has_own_layout(config):
+        parallel = teacher_parallel(config)
+        tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+        parts.append(
+            f" on TP {tp} x PP {pp} x DP {world_size // (tp * pp)} of the same ranks, microbatches of "
+            f"{teacher_micro_batch_size(config)}"
+        )
+    if config.teacher.signal_window is not None:
+        parts.append(f", windows of {config.teacher.signal_window} of the student's microbatches")
+    if config.teacher.offload == "cpu":
+        parts.append(", its weights in main memory while the student runs")
+    return "".join(parts)

@@ -104,6 +104,7 @@ class Run:
         for line in announce(
             config, self._data, self._held_out, self._cached_teacher, layout=self.mesh.describe(),
             layer_spec=layer_spec, steps=self._steps, device_type=platform.device.type,
+            world_size=dist.get_world_size(),
         ):  # fmt: skip
             log.info(line)
 

@@ -57,6 +57,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def values_of(files: Path, student: str = "student", teacher: str = "teacher", **settings: Any) -> dict[str, Any]:
     values = run_values(files, student__init={"path": str(files / student)}, data__global_batch_size=16, **settings)
+    values["optimizer"]["lr"] = 1e-3
     values["teacher"]["path"] = str(files / teacher)
     return values
 
@@ -114,3 +115,87 @@ def test_loss_and_gradients_are_those_of_one_rank(run_ranks, files, on_one_rank,
         values[section][name] = value
     for found in run_ranks(ranks, first_step, values)[:1]:
         assert_same(found, on_one_rank(*models))
+
+
+def test_fifty_steps_give_one_curve(run_ranks, files):
+    def curve(ranks: int, **settings: Any) -> list[float]:
+        values = values_of(files, schedule__train_steps=50, **settings)
+        return run_ranks(ranks, losses_of, values)[0]
+
+    expected = curve(1)
+    found = curve(4, **layout(2, 2, **CUT), **teacher(1, 4, micro_batch_size=4), teacher__signal_window=4)
+    assert found == pytest.approx(expected, rel=1e-4)
+    assert expected[-1] < 0.8 * expected[0]
+
+
+def losses_of(values: dict[str, Any]) -> list[float]:
+    from tests.training.runs import build
+
+    return build(values).train(0, values["schedule"]["train_steps"])
+
+
+def held_bytes(values: dict[str, Any]) -> int:
+    """Most bytes of signals that a rank's student was given at a time, over a step."""
+    from tests.training.runs import build
+
+    built = build(values)
+    most = 0
+    signals = built.teacher.signals
+
+    def watched(microbatches):
+        nonlocal most
+        found = signals(microbatches)
+        most = max(most, sum(signal.hidden.untyped_storage().nbytes() for signal in found if signal is not None))
+        return found
+
+    built.teacher.signals = watched
+    built.train(0, 1)
+    return most
+
+
+def test_a_window_bounds_what_is_held(run_ranks, files):
+    own = teacher(1, 1) | {"run__dtype": "bf16"}
+    sizes = {
+        window: max(run_ranks(2, held_bytes, values_of(files, **layout(2, 1), **own, teacher__signal_window=window)))
+        for window in (1, 2, 8)
+    }
+    # A stretch of half a sequence of two samples, hidden size 48, two bytes each.
+    assert sizes == {window: window * 2 * SEQUENCE // 2 * 48 * 2 for window in (1, 2, 8)}
+
+
+@pytest.mark.parametrize("vocab", [1000, 128000])
+def test_states_travel_once_whatever_the_vocabulary(run_ranks, tmp_path, vocab):
+    for name, hidden in (("student", 32), ("teacher", 256)):
+        save_llama(tmp_path / name, seed=1, vocab=vocab, hidden_size=hidden, **EIGHT)
+    write_tokens(tmp_path / "data", learnable_tokens(64 * SEQUENCE + 1), vocab)
+    values = run_values(tmp_path, run__dtype="bf16", data__global_batch_size=16, **layout(2, 2))
+    values["teacher"]["parallel"] = {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 4}
+    sent = sum(run_ranks(4, crossing_bytes, values))
+    assert 0 < sent <= 1.05 * 2 * 256 * 16 * SEQUENCE
+
+
+def crossing_bytes(values: dict[str, Any]) -> float:
+    """Bytes that this rank sends to regroup the samples and to carry the states of a step."""
+    import megakd.teacher.online as online
+    from tests.parallel.sent_bytes import count_sent_bytes
+    from tests.training.runs import build
+
+    built = build(values)
+    total = 0.0
+
+    def counted(function):
+        def call(*args, **kwargs):
+            nonlocal total
+            with count_sent_bytes() as sent:
+                result = function(*args, **kwargs)
+            total += sum(sent.values())
+            return result
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(online, "regroup", counted(online.regroup))
+        crossing = built.teacher._crossing
+        patch.setattr(crossing.bridge, "carry", counted(crossing.bridge.carry))
+        built.train(0, 1)
+    return total
