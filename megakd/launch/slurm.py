@@ -75,7 +75,9 @@ def slurm_step(environment: Mapping[str, str] | None = None) -> SlurmStep | None
     if rank >= len(hosts):
         raise UserError(f"SLURM_NODEID is {rank}, and SLURM_STEP_NODELIST has {len(hosts)} nodes. {_FLAGS}")
     port = _FIRST_PORT + (job + 97 * step) % _PORTS
-    return SlurmStep(job, tuple(hosts), rank, port, int(variables.get("SLURM_RESTART_COUNT") or 0))
+    return SlurmStep(
+        job, tuple(hosts), rank, port, _number({"SLURM_RESTART_COUNT": "0", **variables}, "SLURM_RESTART_COUNT")
+    )
 
 
 def gpus_on_node(environment: Mapping[str, str] | None = None) -> int:

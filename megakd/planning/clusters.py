@@ -96,6 +96,12 @@ def _read_cluster(path: Path) -> Cluster:
     with naming("--cluster"):
         values = {"name": path.stem, **read_mapping(path, "a cluster's keys")}
         try:
-            return Cluster.model_validate(values)
+            cluster = Cluster.model_validate(values)
         except ValidationError as error:
             raise UserError(f"{path}: {first_problem(error, values, Cluster)}") from error
+        if cluster.reserved_gib >= cluster.memory_gib:
+            raise UserError(
+                f"{path}: reserved_gib is {cluster.reserved_gib:g}; it must be below memory_gib, "
+                f"{cluster.memory_gib:g}."
+            )
+        return cluster

@@ -231,5 +231,9 @@ def _cached_bytes(config: Config) -> int:
     if config.teacher is None or config.teacher.source != "cache":
         return 0
     cache = config.cache
-    ids = (cache.num_samples or 32) if cache.mode == "sampled" else (cache.k or 32) + (cache.tail_samples or 3)
+    ids = (
+        (cache.num_samples or 32)
+        if cache.mode == "sampled"
+        else (cache.k or 32) + (3 if cache.tail_samples is None else cache.tail_samples)
+    )
     return ids * (8 + 4) + 8

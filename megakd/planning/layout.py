@@ -25,16 +25,18 @@ class ModelLayout:
         return self.tp if self.sequence_parallel else 1
 
     def tensor_group(self) -> list[int]:
-        """Ranks of a tensor-parallel group."""
+        """Ranks of the first tensor-parallel group; the others lie alike where TP divides a node's ranks."""
         return list(range(self.tp))
 
-    def data_group(self) -> list[int]:
-        """Ranks that hold the same parameters."""
-        return [replica * self.tp for replica in range(self.dp)]
+    def data_groups(self, stage: int) -> list[list[int]]:
+        """The groups of ranks of a stage that hold the same parameters."""
+        first = stage * self.dp * self.tp
+        return [[first + replica * self.tp + t for replica in range(self.dp)] for t in range(self.tp)]
 
-    def boundary(self, stage: int) -> list[int]:
-        """The two ranks that pass activations from `stage` to the next."""
-        return [stage * self.dp * self.tp, (stage + 1) * self.dp * self.tp]
+    def boundaries(self, stage: int) -> list[list[int]]:
+        """The pairs of ranks that pass activations from `stage` to the next."""
+        each = self.dp * self.tp
+        return [[stage * each + place, (stage + 1) * each + place] for place in range(each)]
 
     def ends(self) -> list[int]:
         """The ranks of a pipeline that hold a tied embedding: first and last stage."""

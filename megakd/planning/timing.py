@@ -19,6 +19,7 @@ from megakd.planning.traffic import (
     gradient_transfer,
     layer_transfer,
     loss_transfer,
+    slowest,
 )
 from megakd.training.flops import step_flops
 
@@ -179,27 +180,27 @@ def _exposed(job: Job, cluster: Cluster, stage: int, timing: StageTiming) -> flo
 def _step_transfers(job: Job, cluster: Cluster) -> dict[str, Transfer]:
     """By purpose, what the rank that sends most for it sends in a step."""
     count, layout = job.num_microbatches, job.student.layout
-    transfers = {"student, tensor ranks": _largest(_student_transfers(job, cluster)).times(count)}
+    transfers = {"student, tensor ranks": slowest(_student_transfers(job, cluster)).times(count)}
     if job.is_dense and job.teacher is not None:
         turns = job.num_windows * job.teacher_microbatches
         layer = layer_transfer(job, job.teacher, cluster, backward=False)
         first, *others = [layer.times(layers) for layers in job.teacher.layout.stage_layers]
         first = first.plus(embedding_transfer(job, job.teacher, cluster, backward=False))
-        transfers["teacher, tensor ranks"] = _largest([first, *others]).times(turns)
+        transfers["teacher, tensor ranks"] = slowest([first, *others]).times(turns)
         transfers["teacher to student"] = crossing_transfer(job, cluster).times(job.num_windows)
     transfers["loss, tensor ranks"] = loss_transfer(job, cluster).times(count)
     if layout.pp > 1:
         worst = [boundary_transfer(job, job.student, cluster, stage) for stage in range(layout.pp - 1)]
         # Middle stages send activations on and gradients back.
-        transfers["student, stages"] = _largest(worst).times(count * (2 if layout.pp > 2 else 1))
+        transfers["student, stages"] = slowest(worst).times(count * (2 if layout.pp > 2 else 1))
     if job.is_dense and job.teacher is not None and job.teacher.layout.pp > 1:
         stages = range(job.teacher.layout.pp - 1)
         worst = [boundary_transfer(job, job.teacher, cluster, stage) for stage in stages]
         turns = job.num_windows * job.teacher_microbatches
-        transfers["teacher, stages"] = _largest(worst).times(turns)
+        transfers["teacher, stages"] = slowest(worst).times(turns)
     pairs = [gradient_transfer(job, cluster, stage) for stage in range(layout.pp)]
-    transfers["gradients, data ranks"] = _largest([reduce for reduce, _ in pairs])
-    transfers["parameters, data ranks"] = _largest([collect for _, collect in pairs])
+    transfers["gradients, data ranks"] = slowest([reduce for reduce, _ in pairs])
+    transfers["parameters, data ranks"] = slowest([collect for _, collect in pairs])
     return {name: transfer for name, transfer in transfers.items() if transfer != NOTHING}
 
 
@@ -213,7 +214,3 @@ def _student_transfers(job: Job, cluster: Cluster) -> list[Transfer]:
         layer = layer.plus(layer_transfer(job, job.student, cluster, backward=False))
     first, *others = [layer.times(layers) for layers in job.student.layout.stage_layers]
     return [first.plus(embedding), *others]
-
-
-def _largest(transfers: list[Transfer]) -> Transfer:
-    return max(transfers, key=lambda transfer: transfer.seconds)

@@ -42,6 +42,11 @@ class Transfer:
 NOTHING = Transfer()
 
 
+def slowest(transfers: list[Transfer]) -> Transfer:
+    """The one that takes longest: all wait for it."""
+    return max(transfers, key=lambda transfer: transfer.seconds)
+
+
 def gather(cluster: Cluster, group: list[int], size: float) -> Transfer:
     """An all-gather to, or a reduce-scatter from, `size` bytes on every rank of a group; an all-reduce is two.
 
@@ -93,7 +98,7 @@ def embedding_transfer(job: Job, model: Model, cluster: Cluster, *, backward: bo
 def boundary_transfer(job: Job, model: Model, cluster: Cluster, stage: int) -> Transfer:
     """A microbatch's activations, or their gradients, from a stage to its neighbour."""
     size = job.micro_tokens(model) * model.architecture.hidden_size * model.element_size / model.layout.sequence_shards
-    return send(cluster, model.layout.boundary(stage), size)
+    return slowest([send(cluster, pair, size) for pair in model.layout.boundaries(stage)])
 
 
 def loss_transfer(job: Job, cluster: Cluster) -> Transfer:
@@ -136,10 +141,12 @@ def gradient_transfer(job: Job, cluster: Cluster, stage: int) -> tuple[Transfer,
     """Once a step: the gradients' reduction over data ranks, and the gathering of parameters that follows it."""
     layout = job.student.layout
     count = stage_parameters(job.student)[stage].count
-    reduce = gather(cluster, layout.data_group(), 4.0 * count)
+    groups = layout.data_groups(stage)
+    reduce = slowest([gather(cluster, group, 4.0 * count) for group in groups])
     collect = NOTHING
     if job.config.optimizer.use_distributed_optimizer:
-        collect = gather(cluster, layout.data_group(), job.student.element_size * count)
+        size = job.student.element_size * count
+        collect = slowest([gather(cluster, group, size) for group in groups])
     else:
         reduce = reduce.times(2)
     copied = stage_parameters(job.student)[-1].copied

@@ -164,7 +164,7 @@ def _trained(kind: _Kind, number: int, run: RunData, points: int, scale: float) 
 
 def _has_divergence(run: RunData) -> bool:
     """A run on cross-entropy alone records a divergence of 0, which is none."""
-    return run.config.get("distill", {}).get("kd_weight") != 0
+    return (run.config.get("distill") or {}).get("kd_weight") != 0
 
 
 def _evaluated(kind: _Kind, number: int, run: RunData, points: int) -> Curve | None:

@@ -56,7 +56,7 @@ class RunData:
     @property
     def planned_steps(self) -> int | None:
         """The step at which the run ends, where that is known."""
-        steps = self.description.get("steps") or self.config.get("schedule", {}).get("train_steps")
+        steps = self.description.get("steps") or (self.config.get("schedule") or {}).get("train_steps")
         return steps if isinstance(steps, int) else None
 
 
@@ -71,7 +71,7 @@ def load_runs(folders: Sequence[Path]) -> list[RunData]:
         if place in places[:number]:
             raise UserError(f"{folders[number]} is given twice. Name each run once.")
     described = [_describe(folder) for folder in folders]
-    names = [str(config.get("run", {}).get("name") or folder.name or folder) for folder, (config, _, _) in
+    names = [str((config.get("run") or {}).get("name") or folder.name or folder) for folder, (config, _, _) in
              zip(folders, described, strict=True)]  # fmt: skip
     labels = [
         name if names.count(name) == 1 else f"{name} ({folder})" for name, folder in zip(names, folders, strict=True)

@@ -99,7 +99,7 @@ def _told_steps(steps: Sequence[int]) -> str:
 
 def best_metric(run: RunData) -> str:
     """What a run's evaluations are compared by: evaluation.metric, or the KL to the teacher, or the cross-entropy."""
-    metric = run.config.get("evaluation", {}).get("metric")
+    metric = (run.config.get("evaluation") or {}).get("metric")
     if metric in _SCORES:
         return str(metric)
     has_teacher = any(isinstance(record.get("kl_to_teacher"), int | float) for record in run.evaluations)

@@ -154,6 +154,12 @@ def test_clusters_come_from_files_too(tmp_path):
         ("x.yaml", "[1]", "must hold a cluster's keys"),
         ("x.yaml", "{memory: 80}", "memory.*Did you mean 'memory_gib'?"),
         ("x.yaml", "{memory_gib: -1}", "memory_gib is -1"),
+        (
+            "x.yaml",
+            "{memory_gib: 1, reserved_gib: 2, bf16_tflops: 1, fp32_tflops: 1, memory_gb_per_s: 1, link_gb_per_s: 1, "
+            "network_gb_per_s: 1}",
+            "reserved_gib is 2; it must be below memory_gib, 1",
+        ),
     ],
 )
 def test_a_wrong_cluster_is_told(tmp_path, monkeypatch, name, text, message):
@@ -168,3 +174,14 @@ def test_this_machine_is_a_cluster():
     found = load_cluster("local", 2)
     assert found.ranks_per_node == 2 and found.device_type == "cpu"
     assert 0 < found.fp32_tflops < 100 and found.memory_gib > 0.5
+
+
+def test_a_stage_that_lies_across_nodes_pays_for_the_network():
+    # Replicas of six on nodes of four: the first stage's are on two nodes, too, and so are the second's.
+    job = build_test_job(12, parallel__pipeline_model_parallel_size=2, data__global_batch_size=24)
+    plan = build_plan(job, CLUSTER.model_copy(update={"ranks_per_node": 6}))
+    assert plan.timing.transfers["gradients, data ranks"].network_bytes == 0
+    job = build_test_job(24, parallel__pipeline_model_parallel_size=4, data__global_batch_size=24)
+    plan = build_plan(job, CLUSTER.model_copy(update={"ranks_per_node": 8}))
+    # The first stage's six are on one node; the second's are not.
+    assert plan.timing.transfers["gradients, data ranks"].network_bytes > 0
