@@ -1,17 +1,15 @@
-"""Rules between keys and between a model's shape and the layout: one small function each, one line where it fails."""
+"""Rules between keys: one small function each, one line where it fails."""
 
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 from megakd.common.errors import UserError
-from megakd.config.architecture import GPTArchitecture
-from megakd.config.layouts import has_own_layout, teacher_micro_batch_size, teacher_parallel
+from megakd.config.architecture_checks import check_architecture
 from megakd.config.logging_checks import check_profile, check_profiled_ranks
-from megakd.config.schema import Config, ParallelSection
-
-Role = Literal["student", "teacher"]
+from megakd.config.schema import Config
+from megakd.config.teacher_checks import check_teacher_layout, check_teacher_ranks
+from megakd.config.wording import either, neighbours, ranks_per_replica, replica
 
 
 def check_config(config: Config, world_size: int | None = None) -> None:
@@ -110,7 +108,7 @@ def check_divergence(config: Config) -> None:
         if distill.loss not in losses:
             raise UserError(
                 f"distill.{key} is {value:g} and has no effect on distill.loss {distill.loss}. Leave it out, or set "
-                f"distill.loss to {_either(list(losses))}."
+                f"distill.loss to {either(list(losses))}."
             )
         if not 0 < value < 1:
             kl = distill.loss.replace("skew_", "")
@@ -184,77 +182,6 @@ def _require_forward_kl(config: Config, found: str) -> None:
             f"{found} and distill.loss is {config.distill.loss}; only forward_kl can be had from some of the teacher's "
             "ids, the others need its probability of every id. Set distill.loss to forward_kl, or use the teacher "
             "itself (teacher.source online)."
-        )
-
-
-def check_teacher_layout(config: Config) -> None:
-    """A teacher's own layout needs a teacher that runs, and sequences that can be cut."""
-    teacher = config.teacher
-    if teacher is None:
-        return
-    if teacher.source == "cache":
-        defaults = type(teacher).model_fields
-        for key in ("parallel", "signal_window", "offload"):
-            if getattr(teacher, key) != defaults[key].default:
-                raise UserError(
-                    f"teacher.{key} is given and has no effect on a cache (teacher.source), which is no model that "
-                    "runs. Leave it out."
-                )
-        return
-    if teacher.signal_window is not None and config.distill.kd_weight == 0:
-        raise UserError(
-            f"teacher.signal_window is {teacher.signal_window} and has no effect with distill.kd_weight 0: no signals "
-            "are held. Leave it out, or set distill.kd_weight above 0."
-        )
-    parallel, length = teacher_parallel(config), config.data.sequence_length
-    if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
-        raise UserError(
-            "teacher.parallel.sequence_parallel is true and has no effect with one tensor rank. Set it to false or "
-            "teacher.parallel.tensor_model_parallel_size above 1."
-        )
-    cuts = {"teacher.parallel": parallel.tensor_model_parallel_size} if parallel.sequence_parallel else {}
-    if has_own_layout(config):
-        # Each of the student's tensor ranks receives a stretch of the teacher's hidden states.
-        cuts["parallel"] = config.parallel.tensor_model_parallel_size
-    for section, size in cuts.items():
-        if length % size:
-            raise UserError(
-                f"data.sequence_length is {length}; with a teacher in a layout of its own it must be a multiple of "
-                f"{section}.tensor_model_parallel_size, {size}. Use {_neighbours(length, size)}."
-            )
-
-
-def check_teacher_ranks(config: Config, world_size: int) -> None:
-    """The ranks are a whole number of the teacher's replicas, and windows a whole number of their microbatches."""
-    teacher = config.teacher
-    if teacher is None or teacher.source == "cache":
-        return
-    parallel = teacher_parallel(config)
-    ranks = _ranks_per_replica(parallel)
-    if world_size % ranks:
-        raise UserError(
-            f"the run has {world_size} ranks; there must be a multiple of the teacher's {_replica(parallel)} = {ranks} "
-            f"(teacher.parallel). Start {_neighbours(world_size, ranks)} ranks, or change teacher.parallel."
-        )
-    if config.distill.kd_weight == 0:
-        return
-    data, replicas = config.data, world_size // _ranks_per_replica(config.parallel)
-    count = data.global_batch_size // (data.micro_batch_size * replicas)
-    window = count if teacher.signal_window is None else teacher.signal_window
-    if count % window:
-        raise UserError(
-            f"teacher.signal_window is {window}; it must divide the {count} microbatches of a step "
-            f"(data.global_batch_size {data.global_batch_size} / (data.micro_batch_size {data.micro_batch_size} x "
-            f"data-parallel size {replicas})). Use {_either([str(n) for n in range(1, count + 1) if count % n == 0])}."
-        )
-    samples, micro = window * data.micro_batch_size * replicas, teacher_micro_batch_size(config)
-    unit = micro * (world_size // ranks)
-    if samples % unit:
-        raise UserError(
-            f"the teacher goes through {samples} samples at a time ({window} microbatches of {data.micro_batch_size} "
-            f"on {replicas} of the student's data ranks); they must be a multiple of teacher.parallel.micro_batch_size "
-            f"{micro} x its data-parallel size {world_size // ranks} = {unit}. Change "
-            "teacher.parallel.micro_batch_size, teacher.signal_window or data.global_batch_size."
         )
 
 
@@ -441,7 +368,7 @@ def check_sequence_parallel(config: Config) -> None:
     if length % tp:
         raise UserError(
             f"data.sequence_length is {length}; with parallel.sequence_parallel it must be a multiple of "
-            f"parallel.tensor_model_parallel_size, {tp}. Use {_neighbours(length, tp)}, or set "
+            f"parallel.tensor_model_parallel_size, {tp}. Use {neighbours(length, tp)}, or set "
             "parallel.sequence_parallel to false."
         )
 
@@ -477,182 +404,27 @@ def check_micro_batches(config: Config) -> None:
     if batch % micro:
         raise UserError(
             f"data.global_batch_size is {batch}; it must be a multiple of data.micro_batch_size, {micro}. "
-            f"Use {_neighbours(batch, micro)}, or another data.micro_batch_size."
+            f"Use {neighbours(batch, micro)}, or another data.micro_batch_size."
         )
 
 
 def check_world_size(config: Config, world_size: int) -> None:
     """The ranks are a whole number of model replicas."""
-    ranks = _ranks_per_replica(config.parallel)
+    ranks = ranks_per_replica(config.parallel)
     if world_size % ranks:
         raise UserError(
-            f"the run has {world_size} ranks; there must be a multiple of {_replica(config.parallel)} = {ranks}, the "
-            f"ranks of one model replica. Start {_neighbours(world_size, ranks)} ranks, or change the parallel section."
+            f"the run has {world_size} ranks; there must be a multiple of {replica(config.parallel)} = {ranks}, the "
+            f"ranks of one model replica. Start {neighbours(world_size, ranks)} ranks, or change the parallel section."
         )
 
 
 def check_global_batch(config: Config, world_size: int) -> None:
     """Every data-parallel rank has the same number of microbatches."""
     batch, micro = config.data.global_batch_size, config.data.micro_batch_size
-    replicas = world_size // _ranks_per_replica(config.parallel)
+    replicas = world_size // ranks_per_replica(config.parallel)
     if batch % (micro * replicas):
         raise UserError(
             f"data.global_batch_size is {batch}; it must be a multiple of data.micro_batch_size {micro} x "
-            f"data-parallel size {replicas} = {micro * replicas} ({world_size} ranks / ({_replica(config.parallel)})). "
-            f"Use {_neighbours(batch, micro * replicas)}."
+            f"data-parallel size {replicas} = {micro * replicas} ({world_size} ranks / ({replica(config.parallel)})). "
+            f"Use {neighbours(batch, micro * replicas)}."
         )
-
-
-def check_architecture(
-    role: Role,
-    architecture: GPTArchitecture,
-    parallel: ParallelSection,
-    sequence_length: int,
-    *,
-    has_stage_split: bool,
-    divisible_by: int = 128,
-    section: str = "parallel",
-) -> None:
-    """Hold a model's shape against the layout and the sequence length.
-
-    Args:
-        section: where the layout is set, for messages.
-        has_stage_split: `num_layers_in_first_pipeline_stage` and `..._last_...` apply to this model.
-        divisible_by: the vocabulary is padded to a multiple of this.
-
-    Raises:
-        UserError: the first rule that fails.
-    """
-    check_positions(role, architecture, sequence_length)
-    check_tensor_split(role, architecture, parallel.tensor_model_parallel_size, section)
-    check_vocabulary_split(role, architecture, parallel.tensor_model_parallel_size, divisible_by, section)
-    if role == "student":
-        check_experts(architecture, parallel)
-    if has_stage_split:
-        check_layer_split(
-            role,
-            architecture.num_layers,
-            parallel.pipeline_model_parallel_size,
-            parallel.num_layers_in_first_pipeline_stage,
-            parallel.num_layers_in_last_pipeline_stage,
-        )
-    else:
-        stages = parallel.pipeline_model_parallel_size
-        check_layer_split(role, architecture.num_layers, stages, None, None, section)
-
-
-def check_experts(architecture: GPTArchitecture, parallel: ParallelSection) -> None:
-    """megatron-core trains experts over tensor ranks with sequence parallelism only."""
-    experts, size = architecture.num_moe_experts, parallel.tensor_model_parallel_size
-    if experts is not None and size > 1 and not parallel.sequence_parallel:
-        raise UserError(
-            f"parallel.sequence_parallel is false; a student with experts (num_moe_experts {experts}) needs it with "
-            f"tensor_model_parallel_size {size}. Set it to true."
-        )
-
-
-def check_positions(role: Role, architecture: GPTArchitecture, sequence_length: int) -> None:
-    """The model has a position for every token of a sample."""
-    last = architecture.max_position_embeddings
-    if sequence_length > last:
-        raise UserError(
-            f"data.sequence_length is {sequence_length}; the {role}'s positions end at {last} "
-            f"(max_position_embeddings). Use at most {last}."
-        )
-
-
-def check_tensor_split(role: Role, architecture: GPTArchitecture, tensor_size: int, section: str = "parallel") -> None:
-    """Heads, key-value heads and the MLP are cut evenly over tensor ranks."""
-    parts = {
-        "num_attention_heads": architecture.num_attention_heads,
-        "num_query_groups": architecture.num_query_groups,
-        architecture.mlp_width_field: architecture.mlp_width,
-    }
-    for name, value in parts.items():
-        if value % tensor_size == 0:
-            continue
-        common = math.gcd(*parts.values())
-        usable = [str(size) for size in range(1, min(common, 128) + 1) if common % size == 0]
-        # megatron-core would keep copies of a key-value head on several ranks; conversion and loading do not.
-        copies = " (copies of a group on several ranks are not supported)" if name == "num_query_groups" else ""
-        raise UserError(
-            f"{section}.tensor_model_parallel_size is {tensor_size}; it must divide the {role}'s {name}, {value}"
-            f"{copies}. Use {_either(usable)}."
-        )
-
-
-def check_vocabulary_split(
-    role: Role, architecture: GPTArchitecture, tensor_size: int, divisible_by: int, section: str = "parallel"
-) -> None:
-    """The padded vocabulary is cut evenly over tensor ranks."""
-    vocab = architecture.vocab_size
-    padded = math.ceil(vocab / divisible_by) * divisible_by
-    if padded % tensor_size:
-        remedy = "Use another size"
-        if role == "student":
-            remedy += f", or set student.make_vocab_size_divisible_by to {math.lcm(divisible_by, tensor_size)}"
-        raise UserError(
-            f"{section}.tensor_model_parallel_size is {tensor_size}; it must divide the {role}'s padded vocabulary, "
-            f"{padded} (vocab_size {vocab} up to a multiple of {divisible_by}). {remedy}."
-        )
-
-
-def check_layer_split(
-    role: Role, num_layers: int, stages: int, first: int | None, last: int | None, section: str = "parallel"
-) -> None:
-    """Stages without a number of their own share the layers that are left evenly, at least one each.
-
-    `first` and `last` are the layers of the first and last pipeline stage, None for an equal share.
-    """
-    named = {
-        f"parallel.num_layers_in_{place}_pipeline_stage": value
-        for place, value in (("first", first), ("last", last))
-        if value is not None
-    }
-    left, sharing = num_layers - sum(named.values()), stages - len(named)
-    if sharing == 0 and left == 0 or sharing > 0 and left > 0 and left % sharing == 0:
-        return
-    if not named:
-        usable = [str(size) for size in range(1, num_layers + 1) if num_layers % size == 0]
-        remedy = "or give the first or the last stage its own number of layers" if role == "student" else ""
-        raise UserError(
-            f"{section}.pipeline_model_parallel_size is {stages}; it must divide the {role}'s {num_layers} layers"
-            f"{'' if role == 'student' else ', whose stages are always equal'}. Use {_either(usable)}"
-            f"{', ' + remedy if remedy else ''}."
-        )
-    given = " and ".join(f"{key} is {value}" for key, value in named.items())
-    if sharing == 0:
-        rule = f"with 2 stages they must add up to the {role}'s {num_layers} layers"
-    else:
-        others = "the other stage" if sharing == 1 else f"each of the {sharing} other stages"
-        rule = (
-            f"that leaves {left} of the {role}'s {num_layers} layers, and {others} of "
-            f"parallel.pipeline_model_parallel_size {stages} must get {'' if sharing == 1 else 'the same number, '}"
-            "at least 1"
-        )
-    raise UserError(f"{given}; {rule}. Change {' or '.join(named)}.")
-
-
-def _ranks_per_replica(parallel: ParallelSection) -> int:
-    return parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
-
-
-def _replica(parallel: ParallelSection) -> str:
-    """Its ranks as a product of settings; a size of 1 that need not be said is not."""
-    sizes = {
-        "tensor_model": parallel.tensor_model_parallel_size,
-        "pipeline_model": parallel.pipeline_model_parallel_size,
-    }
-    if parallel.context_parallel_size > 1:
-        sizes["context"] = parallel.context_parallel_size
-    return " x ".join(f"{name}_parallel_size {size}" for name, size in sizes.items())
-
-
-def _neighbours(value: int, step: int) -> str:
-    """The multiples of `step` around `value`."""
-    below = value // step * step
-    return f"{below} or {below + step}" if below else str(step)
-
-
-def _either(choices: list[str]) -> str:
-    return choices[0] if len(choices) == 1 else f"{', '.join(choices[:-1])} or {choices[-1]}"

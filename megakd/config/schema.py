@@ -81,7 +81,10 @@ class TeacherSection(Section):
         description="Hugging Face folder of safetensors or Megatron checkpoint; with source cache, the cache's folder."
     )
     dtype: Literal["fp32", "bf16"] | None = Field(default=None, description="Defaults to run.dtype.")
-    parallel: TeacherParallelSection = TeacherParallelSection()
+    parallel: TeacherParallelSection = Field(
+        default=TeacherParallelSection(),
+        description="Layout of the teacher on the student's ranks; what is not given is as the student's.",
+    )
     signal_window: int | None = Field(
         default=None,
         gt=0,

@@ -15,7 +15,7 @@ def norm_bytes(job: Job, model: Model, width: int, rows: float = 1.0) -> float:
     e, a = model.element_size, model.architecture
     if a.normalization == "LayerNorm":
         return rows * (width * e + 2 * e)
-    if job.fused_layers:
+    if job.has_fused_norms:
         return rows * (width * e + 4)
     # torch composes RMSNorm on CPU: the input and the normalised input in fp32, and the factor.
     return rows * (2 * width * 4 + 4)
@@ -57,7 +57,7 @@ def _attention_bytes(job: Job, model: Model, recompute: str) -> float:
     if a.qk_layernorm:
         # The queries are copied out of the joint product; the keys' norm keeps a view of it, unless it casts.
         total += (heads + groups) * norm_bytes(job, model, a.kv_channels)
-        if job.fused_layers or e == 4 or a.normalization == "LayerNorm":
+        if job.has_fused_norms or e == 4 or a.normalization == "LayerNorm":
             total -= key * e
     return total
 

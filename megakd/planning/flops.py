@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megakd.planning.job import Job, Model
+from megakd.training.flops import layer_products
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,8 @@ class StageFlops:
 
 def layer_flops(model: Model, sequence_length: int) -> float:
     """A layer's operations for a token on one tensor rank, causal attention as half a square."""
-    a = model.architecture
-    query, kv = a.num_attention_heads * a.kv_channels, a.num_query_groups * a.kv_channels
-    products = a.hidden_size * (query + 2 * kv) + query * a.hidden_size
-    products += a.mlps_per_token * a.hidden_size * a.mlp_width * (3 if a.activation == "swiglu" else 2)
-    products += a.hidden_size * (a.num_moe_experts or 0)
-    return 2.0 * (products + attention_products(model, sequence_length)) / model.layout.tp
+    products = layer_products(model.architecture) + attention_products(model, sequence_length)
+    return 2.0 * products / model.layout.tp
 
 
 def attention_products(model: Model, sequence_length: int) -> float:

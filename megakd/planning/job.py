@@ -7,7 +7,8 @@ from pathlib import Path
 
 from megakd.common.errors import UserError
 from megakd.config.architecture import GPTArchitecture
-from megakd.config.checks import check_architecture, check_config
+from megakd.config.architecture_checks import check_architecture
+from megakd.config.checks import check_config
 from megakd.config.layouts import has_own_layout, teacher_micro_batch_size, teacher_parallel
 from megakd.config.schema import Config, ParallelSection
 from megakd.losses.chunking import chunk_rows
@@ -44,8 +45,6 @@ class Job:
         signal_bytes: of a token, for the teacher's side of the loss, where it comes from a cache.
         head_vocab: rows of both heads over all tensor ranks, the student's padding.
         chunk: rows of both models' logits that exist at a time.
-        fused_layers: Transformer Engine's layers, or torch's kernels on GPU, which keep less for backward than the
-            same steps on CPU do.
     """
 
     config: Config
@@ -56,7 +55,17 @@ class Job:
     signal_bytes: int
     head_vocab: int
     chunk: int
-    fused_layers: bool
+
+    @property
+    def has_fused_norms(self) -> bool:
+        """Whether norms keep their input alone: Transformer Engine's and torch's kernels on GPU, not torch on CPU."""
+        return self.device_type == "cuda"
+
+    @property
+    def parks_teacher(self) -> bool:
+        """Whether the teacher's layers leave the device while the student runs; on CPU main memory has both."""
+        teacher = self.config.teacher
+        return teacher is not None and teacher.offload == "cpu" and self.device_type == "cuda"
 
     @property
     def sequence_length(self) -> int:
@@ -206,7 +215,6 @@ def build_job(config: Config, world_size: int, device_type: str) -> Job:
         signal_bytes=_cached_bytes(config),
         head_vocab=student.padded_vocab,
         chunk=chunk,
-        fused_layers=device_type == "cuda",
     )
 
 

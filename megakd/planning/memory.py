@@ -101,8 +101,7 @@ def _resident(job: Job, stage: int, parameters: StageParameters, teacher: StageP
     }
     if job.teacher is not None and teacher is not None:
         # Parked weights are on the device while the teacher runs; its head stays.
-        is_parked = job.config.teacher is not None and job.config.teacher.offload == "cpu" and job.device_type == "cuda"
-        count = _teacher_head(job, stage) if is_parked else _teacher_count(job, stage, teacher)
+        count = _teacher_head(job, stage) if job.parks_teacher else _teacher_count(job, stage, teacher)
         resident["teacher"] = count * job.teacher.element_size
     resident["batches"] = 2 * job.num_microbatches * job.micro_tokens(job.student) * (_BATCH_BYTES + job.signal_bytes)
     gathered = [m for m in (student, job.teacher) if m is not None and m.layout.sequence_parallel]
@@ -128,7 +127,7 @@ def _student_moments(job: Job, stage: int, parameters: StageParameters) -> dict[
     student, n = job.student, job.micro_tokens(job.student)
     recompute = job.config.student.recompute_granularity
     each = _microbatch_bytes(job, stage, recompute)
-    in_flight = min(student.layout.pp - stage, job.num_microbatches)
+    in_flight = min(student.layout.pp - stage, job.window_microbatches)
     shared = {"signals": _signals(job, stage)}
     held = shared | {"activations": in_flight * each}
     e = student.element_size
@@ -159,7 +158,7 @@ def _microbatch_bytes(job: Job, stage: int, recompute: str) -> float:
     each += job.sequence_length * layer_rotary_bytes(job, student, recompute=recompute)
     kept = layers * each
     boundary = n * a.hidden_size * e / layout.sequence_shards
-    if stage > 0 and e == 2 and not job.fused_layers:
+    if stage > 0 and e == 2 and not job.has_fused_norms:
         kept += boundary  # the input, of which the norm kept a copy in fp32
     if _is_last(job, stage):
         kept += n * norm_bytes(job, student, a.hidden_size) / layout.sequence_shards
@@ -206,6 +205,6 @@ def _teacher_moment(job: Job, teacher: Model, stage: int, parameters: StageParam
         # What is to cross is held as it came, and once more as it is sent.
         width = teacher.architecture.hidden_size * teacher.element_size / teacher.layout.sequence_shards
         moment["to cross"] = 2 * job.teacher_microbatches * job.micro_tokens(teacher) * width
-    if job.config.teacher is not None and job.config.teacher.offload == "cpu" and job.device_type == "cuda":
+    if job.parks_teacher:
         moment["fetched teacher"] = parameters.count * teacher.element_size
     return moment

@@ -143,7 +143,7 @@ def _teacher_seconds(job: Job, cluster: Cluster) -> float:
         return 0.0
     between = [boundary_transfer(job, job.teacher, cluster, stage).seconds for stage in range(len(stages) - 1)]
     seconds = forward_only(stages, between, job.teacher_microbatches) + crossing_transfer(job, cluster).seconds
-    if job.config.teacher is not None and job.config.teacher.offload == "cpu" and job.device_type == "cuda":
+    if job.parks_teacher:
         largest = max(stage.count for stage in stage_parameters(job.teacher, has_head=False))
         seconds += largest * job.teacher.element_size / (_HOST_GB_PER_S * 1e9)
     return seconds

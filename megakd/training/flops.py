@@ -11,12 +11,17 @@ def forward_flops_per_token(architecture: GPTArchitecture, sequence_length: int)
     The convention of the PaLM report (arXiv 2204.02311, appendix B) with the attention term halved for the mask.
     """
     a = architecture
+    attention = a.num_attention_heads * a.kv_channels * sequence_length
+    return 2.0 * (a.num_layers * (layer_products(a) + attention) + a.hidden_size * a.vocab_size)
+
+
+def layer_products(architecture: GPTArchitecture) -> int:
+    """Multiply-adds of a token with a layer's weights, those of the experts it goes to."""
+    a = architecture
     query, kv = a.num_attention_heads * a.kv_channels, a.num_query_groups * a.kv_channels
     projections = a.hidden_size * (query + 2 * kv) + query * a.hidden_size
     mlp = a.mlps_per_token * a.hidden_size * a.mlp_width * (3 if a.activation == "swiglu" else 2)
-    mlp += a.hidden_size * (a.num_moe_experts or 0)
-    attention = query * sequence_length
-    return 2.0 * (a.num_layers * (projections + mlp + attention) + a.hidden_size * a.vocab_size)
+    return projections + mlp + a.hidden_size * (a.num_moe_experts or 0)
 
 
 def step_flops(student: GPTArchitecture, teacher: GPTArchitecture | None, sequence_length: int, tokens: int) -> float:

@@ -10,7 +10,8 @@ from megakd.cache.reader import CacheReader
 from megakd.checkpoint.record import newest_record
 from megakd.common.errors import UserError, naming
 from megakd.common.logging import log
-from megakd.config.checks import check_architecture, check_cache_config, check_config
+from megakd.config.architecture_checks import check_architecture
+from megakd.config.checks import check_cache_config, check_config
 from megakd.config.layouts import teacher_parallel, with_teacher_alone
 from megakd.config.logging_checks import check_profiled_steps
 from megakd.config.schema import Config

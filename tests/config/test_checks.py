@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from megakd.common.errors import UserError
-from megakd.config import checks
+from megakd.config import architecture_checks, checks, teacher_checks
 from megakd.config.architecture import GPTArchitecture
 from megakd.config.schema import ParallelSection
 from tests.config.examples import ARCHITECTURE, config
@@ -239,14 +239,9 @@ def test_every_rule_is_tested_both_ways() -> None:
     rules = {
         name.removeprefix("check_")
         for name, rule in vars(checks).items()
-        if name.startswith("check_") and rule.__module__ == checks.__name__
+        if name.startswith("check_") and rule.__module__ in (checks.__name__, teacher_checks.__name__)
     }
-    on_models = {"architecture", "experts", "positions", "tensor_split", "vocabulary_split", "layer_split"}
-    assert (
-        {rule for rule, *_ in REFUSED}
-        == {rule for rule, *_ in ACCEPTED}
-        == rules - on_models - {"config", "cache_config"}
-    )
+    assert {rule for rule, *_ in REFUSED} == {rule for rule, *_ in ACCEPTED} == rules - {"config", "cache_config"}
 
 
 @pytest.mark.parametrize(
@@ -286,7 +281,9 @@ def check_model(role: checks.Role, architecture: GPTArchitecture, length: int = 
     names = {"tp": "tensor_model_parallel_size", "pp": "pipeline_model_parallel_size",
              "first": "num_layers_in_first_pipeline_stage", "last": "num_layers_in_last_pipeline_stage"}  # fmt: skip
     parallel = ParallelSection(**{names[key]: value for key, value in layout.items()})  # type: ignore[arg-type]
-    checks.check_architecture(role, architecture, parallel, length, has_stage_split=split, divisible_by=divisible_by)
+    architecture_checks.check_architecture(
+        role, architecture, parallel, length, has_stage_split=split, divisible_by=divisible_by
+    )
 
 
 @pytest.mark.parametrize(
@@ -392,7 +389,7 @@ def test_layers_divide_over_stages_where_megatron_core_builds_every_stage() -> N
                     # It lets a stage have no layer, or fewer than none.
                     works = built is not None and min(built) >= 1 and sum(built) == num_layers
                     try:
-                        checks.check_layer_split("student", num_layers, stages, first, last)
+                        architecture_checks.check_layer_split("student", num_layers, stages, first, last)
                         fits = True
                     except UserError:
                         fits = False
@@ -409,6 +406,6 @@ def test_tensor_split_refuses_all_that_megatron_core_refuses() -> None:
             TransformerConfig(num_layers=1, hidden_size=64 * heads, num_attention_heads=heads,
                               num_query_groups=groups, tensor_model_parallel_size=size)  # fmt: skip
         with pytest.raises(UserError):
-            checks.check_tensor_split(
+            architecture_checks.check_tensor_split(
                 "student", shape(num_attention_heads=heads, num_query_groups=groups, kv_channels=8), size
             )

@@ -23,6 +23,9 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "tensor_and_pipeline": (4, layout(2, 2, parallel__sequence_parallel=True)),
     "pipeline_data_and_distributed_optimizer": (4, layout(1, 2, optimizer__use_distributed_optimizer=True)),
     "bf16_recomputed": (2, layout(2, 1, **RECOMPUTED, **BF16)),
+    "teacher_of_another_layout": (4, layout(2, 2, teacher__signal_window=2, teacher__parallel={
+        "tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 4, "micro_batch_size": 4,
+    })),
     "bf16_uneven_stages": (4, layout(2, 2, parallel__num_layers_in_last_pipeline_stage=1, **BF16)),
 }  # fmt: skip
 
@@ -55,7 +58,7 @@ def measured_peak(values: dict[str, Any]) -> tuple[int, int]:
                 count.reset_peak()
                 train_step(
                     built.student, built.teacher, built.objective, built.optimizer, batches.microbatches(step), 1e-3,
-                    built.platform,
+                    built.platform, signal_window=built.signal_window,
                 )  # fmt: skip
         finally:
             batches.close()
@@ -70,9 +73,15 @@ def test_the_peak_is_within_a_tenth_of_the_measured_one(run_ranks, files, case, 
     values = run_values(
         files, data__sequence_length=128, data__micro_batch_size=2, data__global_batch_size=16, **settings
     )
-    stages = stage_memory(build_job(Config.model_validate(values), ranks, "cpu"))
-    for stage, measured in run_ranks(ranks, measured_peak, values):
-        assert stages[stage].peak == pytest.approx(measured, rel=0.1)
+    job = build_job(Config.model_validate(values), ranks, "cpu")
+    measured: dict[int, list[int]] = {}
+    for stage, peak in run_ranks(ranks, measured_peak, values):
+        measured.setdefault(stage, []).append(peak)
+    for number, stage in enumerate(stage_memory(job)):
+        assert stage.peak == pytest.approx(max(measured[number]), rel=0.1)
+        # Of a teacher in another layout, ranks of one stage hold different parts; the plan is for the fullest.
+        if not job.crosses:
+            assert stage.peak == pytest.approx(min(measured[number]), rel=0.1)
 
 
 def test_what_shards_and_saves_memory_does():
@@ -86,6 +95,16 @@ def test_what_shards_and_saves_memory_does():
     assert peak(**layout(2, 1, parallel__sequence_parallel=True)) < peak(**layout(2, 1))
     assert peak(data__micro_batch_size=1) < plain
     assert peak(distill__loss_chunk_mib=1) <= plain
+
+
+def test_a_window_bounds_the_microbatches_in_flight(files):
+    values = run_values(files, **layout(1, 4), data__global_batch_size=16)
+    held = {}
+    for window in (None, 1, 2):
+        values["teacher"]["signal_window"] = window
+        job = build_job(Config.model_validate(values), 4, "cpu")
+        held[window] = stage_memory(job)[0].moments["backward"]["activations"]
+    assert held[None] == pytest.approx(2 * held[2]) == pytest.approx(4 * held[1])
 
 
 def test_early_stages_hold_more_microbatches():

@@ -1,0 +1,79 @@
+"""Rules about the layout of a teacher that runs on the student's ranks."""
+
+from __future__ import annotations
+
+from megakd.common.errors import UserError
+from megakd.config.layouts import has_own_layout, teacher_micro_batch_size, teacher_parallel
+from megakd.config.schema import Config
+from megakd.config.wording import either, neighbours, ranks_per_replica, replica
+
+
+def check_teacher_layout(config: Config) -> None:
+    """A teacher's own layout needs a teacher that runs, and sequences that can be cut."""
+    teacher = config.teacher
+    if teacher is None:
+        return
+    if teacher.source == "cache":
+        defaults = type(teacher).model_fields
+        for key in ("parallel", "signal_window", "offload"):
+            if getattr(teacher, key) != defaults[key].default:
+                raise UserError(
+                    f"teacher.{key} is given and has no effect on a cache (teacher.source), which is no model that "
+                    "runs. Leave it out."
+                )
+        return
+    if teacher.signal_window is not None and config.distill.kd_weight == 0:
+        raise UserError(
+            f"teacher.signal_window is {teacher.signal_window} and has no effect with distill.kd_weight 0: no signals "
+            "are held. Leave it out, or set distill.kd_weight above 0."
+        )
+    parallel, length = teacher_parallel(config), config.data.sequence_length
+    if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
+        raise UserError(
+            "teacher.parallel.sequence_parallel is true and has no effect with one tensor rank. Set it to false or "
+            "teacher.parallel.tensor_model_parallel_size above 1."
+        )
+    cuts = {"teacher.parallel": parallel.tensor_model_parallel_size} if parallel.sequence_parallel else {}
+    if has_own_layout(config):
+        # Each of the student's tensor ranks receives a stretch of the teacher's hidden states.
+        cuts["parallel"] = config.parallel.tensor_model_parallel_size
+    for section, size in cuts.items():
+        if length % size:
+            raise UserError(
+                f"data.sequence_length is {length}; with a teacher in a layout of its own it must be a multiple of "
+                f"{section}.tensor_model_parallel_size, {size}. Use {neighbours(length, size)}."
+            )
+
+
+def check_teacher_ranks(config: Config, world_size: int) -> None:
+    """The ranks are a whole number of the teacher's replicas, and windows a whole number of their microbatches."""
+    teacher = config.teacher
+    if teacher is None or teacher.source == "cache":
+        return
+    parallel = teacher_parallel(config)
+    ranks = ranks_per_replica(parallel)
+    if world_size % ranks:
+        raise UserError(
+            f"the run has {world_size} ranks; there must be a multiple of the teacher's {replica(parallel)} = {ranks} "
+            f"(teacher.parallel). Start {neighbours(world_size, ranks)} ranks, or change teacher.parallel."
+        )
+    if config.distill.kd_weight == 0:
+        return
+    data, replicas = config.data, world_size // ranks_per_replica(config.parallel)
+    count = data.global_batch_size // (data.micro_batch_size * replicas)
+    window = count if teacher.signal_window is None else teacher.signal_window
+    if count % window:
+        raise UserError(
+            f"teacher.signal_window is {window}; it must divide the {count} microbatches of a step "
+            f"(data.global_batch_size {data.global_batch_size} / (data.micro_batch_size {data.micro_batch_size} x "
+            f"data-parallel size {replicas})). Use {either([str(n) for n in range(1, count + 1) if count % n == 0])}."
+        )
+    samples, micro = window * data.micro_batch_size * replicas, teacher_micro_batch_size(config)
+    unit = micro * (world_size // ranks)
+    if samples % unit:
+        raise UserError(
+            f"the teacher goes through {samples} samples at a time ({window} microbatches of {data.micro_batch_size} "
+            f"on {replicas} of the student's data ranks); they must be a multiple of teacher.parallel.micro_batch_size "
+            f"{micro} x its data-parallel size {world_size // ranks} = {unit}. Change "
+            "teacher.parallel.micro_batch_size, teacher.signal_window or data.global_batch_size."
+        )
