@@ -68,7 +68,7 @@ class WeightsAndBiases:
     """The run on Weights & Biases, under an id that <folder>/wandb.json keeps, so that a resumed run goes on there.
 
     Steps that are trained again after resuming are not shown twice: Weights & Biases keeps the first figures of a step,
-    and resumed steps repeat them.
+    and resumed steps repeat them where neither settings nor layout have changed.
 
     Args:
         settings: the run's whole configuration, shown beside the figures.

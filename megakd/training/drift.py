@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from megakd.cache.layout import job_id
 from megakd.cache.reader import CacheReader
 from megakd.checkpoint.record import Record
@@ -27,6 +29,9 @@ _HARMLESS = (
     "run.time_limit_minutes",
     "run.layer_spec",
     "student.recompute_granularity",
+    "teacher.parallel",
+    "teacher.signal_window",
+    "teacher.offload",
     "cache",
     "parallel",
     "distill.loss_chunk_mib",
@@ -123,10 +128,15 @@ def _defaults(config: Config) -> dict[str, Any]:
     """Every section's keys that may be left out, with the values they have then."""
     return {
         section: {
-            name: field.get_default(call_default_factory=True)
+            name: _plain(field.get_default(call_default_factory=True))
             for name, field in type(getattr(config, section)).model_fields.items()
             if not field.is_required()
         }
         for section in type(config).model_fields
         if getattr(config, section) is not None
     }
+
+
+def _plain(default: Any) -> Any:
+    """A section as the mapping that a record has of it."""
+    return default.model_dump() if isinstance(default, BaseModel) else default

@@ -27,7 +27,8 @@ from tests.training.runs import layout, records, run_values, save_llama, write_r
 HARMLESS = {
     "run.name", "run.output_dir", "run.export", "run.time_limit_minutes", "run.layer_spec",
     "student.recompute_granularity", "distill.loss_chunk_mib", "data.valid", "data.test", "data.micro_batch_size",
-    "optimizer.overlap_grad_reduce", "optimizer.overlap_param_gather",
+    "optimizer.overlap_grad_reduce", "optimizer.overlap_param_gather", "teacher.parallel", "teacher.signal_window",
+    "teacher.offload",
 }  # fmt: skip
 HARMLESS_SECTIONS = {"cache", "parallel", "checkpoint", "safeguards", "logging", "evaluation"}
 ALTERING = {
@@ -91,7 +92,8 @@ def test_a_key_that_an_older_record_lacks_was_at_its_default(files: Path) -> Non
 
     config = config_from_dict(run_values(files, optimizer__clip_grad=2.0))
     before = config.model_dump(mode="json")
-    for section, name in (("safeguards", None), ("data", "packing"), ("optimizer", "clip_grad")):
+    lacking = [("safeguards", None), ("data", "packing"), ("optimizer", "clip_grad"), ("teacher", "parallel")]
+    for section, name in lacking:
         del (before if name is None else before[section])[name or section]
     assert [str(change) for change in find_changes(Record(1, {}, before, {}, ""), config)] == [
         "optimizer.clip_grad was 1.0 and is 2.0"
