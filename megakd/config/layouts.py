@@ -45,3 +45,11 @@ def with_teacher_alone(config: Config) -> Config:
     own = type(config.teacher.parallel)()
     teacher = config.teacher.model_copy(update={"parallel": own, "signal_window": None, "offload": "none"})
     return config.model_copy(update={"parallel": teacher_parallel(config), "teacher": teacher})
+
+
+def widest_tensor_parallel(config: Config) -> int:
+    """Tensor ranks of the model that has more of them, of those that run."""
+    size = config.parallel.tensor_model_parallel_size
+    if config.teacher is None or config.teacher.source != "online":
+        return size
+    return max(size, teacher_parallel(config).tensor_model_parallel_size)

@@ -20,6 +20,7 @@ from megakd.common.locks import try_lock
 from megakd.common.logging import log
 from megakd.common.stop_request import RESUME_STATUS
 from megakd.common.watchdog import GRACE_SECONDS, describe_hang, load_hangs
+from megakd.config.layouts import widest_tensor_parallel
 from megakd.config.load import dotted_settings, dump_config
 from megakd.config.schema import Config
 from megakd.launch.failures import (
@@ -97,7 +98,7 @@ def _gpu_variables(config: Config, nodes: Nodes) -> dict[str, str]:
         return {}
     variables, line = gpu_environment(
         compute_capability=lowest_compute_capability(),
-        tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
+        tensor_model_parallel_size=widest_tensor_parallel(config),
         hang_timeout_seconds=config.safeguards.hang_timeout_seconds,
         interface=nodes.interface(),
     )

@@ -1,0 +1,44 @@
+"""The teacher's layout as a configuration gives it."""
+
+from __future__ import annotations
+
+import pytest
+
+from megakd.config import layouts
+from tests.config.examples import config
+
+TP, PP = "parallel__tensor_model_parallel_size", "parallel__pipeline_model_parallel_size"
+CUT = "parallel__sequence_parallel"
+
+
+@pytest.mark.parametrize(
+    ("changes", "own", "expected"),
+    [
+        ({TP: 2, PP: 2, CUT: True}, {}, (2, 2, True)),
+        ({TP: 2, PP: 2, CUT: True}, {"tensor_model_parallel_size": 1}, (1, 2, False)),
+        ({TP: 2, CUT: True}, {"tensor_model_parallel_size": 4, "sequence_parallel": False}, (4, 1, False)),
+        ({}, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 4}, (2, 4, False)),
+    ],
+)
+def test_what_a_teacher_does_not_set_is_as_the_student_s(changes, own, expected):
+    parallel = layouts.teacher_parallel(config(**changes, teacher__parallel=own))
+    found = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, parallel.sequence_parallel
+    assert found == expected
+
+
+def test_a_microbatch_size_alone_is_a_layout_of_its_own():
+    assert not layouts.has_own_layout(config(teacher__parallel={"micro_batch_size": 2}))
+    assert layouts.has_own_layout(config(teacher__parallel={"micro_batch_size": 4}))
+
+
+def test_the_wider_model_counts_where_it_runs():
+    wide = {"tensor_model_parallel_size": 8}
+    assert layouts.widest_tensor_parallel(config(teacher__parallel=wide)) == 8
+    assert layouts.widest_tensor_parallel(config(**{TP: 4}, teacher__parallel={"tensor_model_parallel_size": 1})) == 4
+    assert layouts.widest_tensor_parallel(config(teacher={"path": "x", "source": "cache"})) == 1
+
+
+def test_a_cache_is_written_in_the_teacher_s_layout():
+    alone = layouts.with_teacher_alone(config(teacher__parallel={"tensor_model_parallel_size": 4}, **{TP: 2}))
+    assert alone.parallel.tensor_model_parallel_size == 4
+    assert not layouts.has_own_layout(alone)
