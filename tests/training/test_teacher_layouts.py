@@ -154,7 +154,8 @@ def held_bytes(values: dict[str, Any]) -> int:
 
 
 def test_a_window_bounds_what_is_held(run_ranks, files):
-    own = teacher(1, 1) | {"run__dtype": "bf16"}
+    # One sample a microbatch: a window of one has two samples, and the teacher two data ranks.
+    own = teacher(1, 1, micro_batch_size=1) | {"run__dtype": "bf16"}
     sizes = {
         window: max(run_ranks(2, held_bytes, values_of(files, **layout(2, 1), **own, teacher__signal_window=window)))
         for window in (1, 2, 8)
