@@ -1,8 +1,9 @@
-"""Pools of gloo processes, one pool per world size, that live for a whole test session."""
+"""Pools of gloo processes, one per world size and split into sides, that live for a whole test session."""
 
 from __future__ import annotations
 
 import atexit
+import dataclasses
 import gc
 import importlib.util
 import multiprocessing
@@ -32,9 +33,9 @@ class RankError(RuntimeError):
 
 
 class RankPool:
-    """`world_size` processes joined in one gloo world, waiting for functions to run."""
+    """`world_size` processes waiting for functions to run, in one gloo world or the last `teacher_ranks` in another."""
 
-    def __init__(self, world_size: int) -> None:
+    def __init__(self, world_size: int, teacher_ranks: int = 0) -> None:
         self.directory = tempfile.mkdtemp(prefix="megakd-ranks-")
         self.connections: list[Connection] = []
         self.processes: list[Any] = []
@@ -44,7 +45,7 @@ class RankPool:
         with _environment({**_WORKER_ENVIRONMENT, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}):
             for rank in range(world_size):
                 ours, theirs = context.Pipe()
-                process = context.Process(target=_serve, args=(theirs, rank, world_size, self.directory))
+                process = context.Process(target=_serve, args=(theirs, rank, world_size, teacher_ranks, self.directory))
                 process.start()
                 theirs.close()
                 self.connections.append(ours)
@@ -107,27 +108,35 @@ class RankPool:
 
 
 class RankPools:
-    """One RankPool per world size, started when first asked for and replaced after a failure."""
+    """One RankPool per world size and its sides, started when first asked for and replaced after a failure."""
 
     def __init__(self) -> None:
-        self.pools: dict[int, RankPool] = {}
+        self.pools: dict[tuple[int, int], RankPool] = {}
         atexit.register(self.close)
 
     def run_ranks(
-        self, world_size: int, function: Callable[..., Any], *args: Any, seconds: float = SECONDS_PER_CALL
+        self,
+        world_size: int,
+        function: Callable[..., Any],
+        *args: Any,
+        seconds: float = SECONDS_PER_CALL,
+        teacher_ranks: int = 0,
     ) -> list[Any]:
         """Call a module-level `function(*args)` on `world_size` gloo ranks; return its results in rank order.
+
+        With `teacher_ranks` the last so many are a world of their own; `joint` joins both.
 
         torch.distributed is initialised, one thread per rank. Function, arguments and results are pickled. A
         rank's exception is raised here, with that rank's traceback as its cause; the other ranks are ended then.
         """
-        if world_size not in self.pools:
-            self.pools[world_size] = RankPool(world_size)
+        key = (world_size, teacher_ranks)
+        if key not in self.pools:
+            self.pools[key] = RankPool(*key)
         try:
-            return self.pools[world_size].run(function, args, seconds)
+            return self.pools[key].run(function, args, seconds)
         except BaseException:
             # Ranks may be left inside a collective that nobody will join.
-            self.pools.pop(world_size).close()
+            self.pools.pop(key).close()
             raise
 
     def close(self) -> None:
@@ -153,7 +162,38 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _serve(connection: Connection, rank: int, world_size: int, directory: str) -> None:
+# Of a rank in a pool with sides: its platform.worlds.Joint, and how often it was asked for.
+_joint: Any = None
+_joints = 0
+
+
+def joint() -> Any:
+    """What this rank shares with the other side, with keys of its own in the store for each call of this."""
+    global _joints
+    _joints += 1
+    return dataclasses.replace(_joint, store=dist.PrefixStore(f"call {_joints}", _joint.store))
+
+
+def joint_rank_is_teacher() -> bool:
+    """Whether this rank is on the teacher's side."""
+    return bool(_joint.is_teacher)
+
+
+def _join(store: dist.Store, rank: int, world_size: int, teacher_ranks: int) -> None:
+    timeout = timedelta(seconds=2 * SECONDS_PER_CALL)
+    if not teacher_ranks:
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
+        prepare_platform()
+        return
+    from megakd.platform import build_platform, join_sides
+
+    global _joint
+    _joint = join_sides(
+        build_platform(), store, rank=rank, size=world_size, teacher_ranks=teacher_ranks, timeout=timeout
+    )
+
+
+def _serve(connection: Connection, rank: int, world_size: int, teacher_ranks: int, directory: str) -> None:
     """The life of one rank: join the world, then answer calls until the test session hangs up."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     if sys.platform == "linux":
@@ -162,9 +202,7 @@ def _serve(connection: Connection, rank: int, world_size: int, directory: str) -
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):
         try:
             store = dist.FileStore(str(Path(directory) / "store"), world_size)
-            timeout = timedelta(seconds=2 * SECONDS_PER_CALL)
-            dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
-            prepare_platform()
+            _join(store, rank, world_size, teacher_ranks)
         except BaseException as error:
             connection.recv_bytes()
             connection.send_bytes(_failure(error))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from megakd.cli.rank_options import add_rank_options, load_for_ranks
+from megakd.config.layouts import with_teacher_alone
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -20,7 +21,7 @@ def run(args: argparse.Namespace) -> int:
     """Check, then run the teacher under torchrun. Returns the exit status."""
     from megakd.launch.launcher import run_action
 
-    config, world_size, nodes = load_for_ranks(args)
+    config, world_size, nodes = load_for_ranks(args, with_teacher_alone)
 
     from megakd.training.preflight import preflight_cache
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Callable
 
 from megakd.common.errors import UserError
 from megakd.common.logging import log
+from megakd.config.layouts import least_ranks
 from megakd.config.load import load_config
-from megakd.config.schema import Config, ParallelSection
+from megakd.config.schema import Config
 from megakd.launch.nodes import DEFAULT_PORT, Nodes, check_host
 from megakd.launch.slurm import gpus_on_node, slurm_step
 
@@ -17,7 +19,9 @@ def add_rank_options(parser: argparse.ArgumentParser, config_help: str = "YAML f
     """Declare the configuration's and the ranks' arguments."""
     parser.add_argument("config", help=config_help)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
-    parser.add_argument("--nproc-per-node", type=int, default=None, help="ranks to start (default: GPUs, or TP x PP)")
+    parser.add_argument(
+        "--nproc-per-node", type=int, default=None, help="ranks to start (default: GPUs, or as few as needed)"
+    )
     parser.add_argument(
         "--nnodes",
         type=int,
@@ -33,8 +37,13 @@ def add_rank_options(parser: argparse.ArgumentParser, config_help: str = "YAML f
     )
 
 
-def load_for_ranks(args: argparse.Namespace) -> tuple[Config, int, Nodes]:
+def load_for_ranks(
+    args: argparse.Namespace, prepare: Callable[[Config], Config] = lambda config: config
+) -> tuple[Config, int, Nodes]:
     """The configuration `args.config` with `args.overrides`, on how many ranks it runs in all, and on which nodes.
+
+    Args:
+        prepare: makes of the configuration what the command does with it.
 
     Raises:
         UserError: the configuration, the number of ranks or the nodes cannot be used.
@@ -42,15 +51,15 @@ def load_for_ranks(args: argparse.Namespace) -> tuple[Config, int, Nodes]:
     if args.nproc_per_node is not None and args.nproc_per_node < 1:
         raise UserError(f"--nproc-per-node is {args.nproc_per_node}; it must be at least 1.")
     nodes = _nodes(args)
-    config = load_config(args.config, args.overrides)
-    return config, nodes.count * choose_nproc_per_node(config.parallel, args.nproc_per_node, nodes.count), nodes
+    config = prepare(load_config(args.config, args.overrides))
+    return config, nodes.count * choose_nproc_per_node(least_ranks(config), args.nproc_per_node, nodes.count), nodes
 
 
-def choose_nproc_per_node(parallel: ParallelSection, nproc_per_node: int | None, num_nodes: int = 1) -> int:
-    """`nproc_per_node` where given, else one rank per GPU, else on CPU a node's share of one model replica's ranks.
+def choose_nproc_per_node(least: int, nproc_per_node: int | None, num_nodes: int = 1) -> int:
+    """`nproc_per_node` where given, else one rank per GPU, else on CPU a node's share of the `least` that are needed.
 
     Raises:
-        UserError: a replica's ranks do not divide into the nodes, or Slurm gave GPUs that torch does not see.
+        UserError: the least ranks do not divide into the nodes, or Slurm gave GPUs that torch does not see.
     """
     if nproc_per_node is not None:
         return nproc_per_node
@@ -63,12 +72,11 @@ def choose_nproc_per_node(parallel: ParallelSection, nproc_per_node: int | None,
             f"SLURM_GPUS_ON_NODE is {gpus}, and torch sees no GPU: torch {torch.__version__} may be built without "
             "CUDA, or not fit the driver. Install one that does, or give --nproc-per-node to run on CPU all the same."
         )
-    model_ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-    share, rest = divmod(model_ranks * parallel.context_parallel_size, num_nodes)
+    share, rest = divmod(least, num_nodes)
     if rest or not share:
         raise UserError(
-            f"--nnodes is {num_nodes}; the {model_ranks * parallel.context_parallel_size} ranks of one model replica "
-            "do not divide into them. Give --nproc-per-node."
+            f"--nnodes is {num_nodes}; the {least} ranks of one replica of the models do not divide into them. Give "
+            "--nproc-per-node."
         )
     return share
 

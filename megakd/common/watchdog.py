@@ -29,6 +29,7 @@ class Hang:
     Attributes:
         progress: how many phases it had entered; of ranks that wait for each other the one behind has fewer.
         stacks: of all its threads, the most recent call first.
+        waits: it was told to wait for others however long they take.
     """
 
     rank: int
@@ -37,6 +38,7 @@ class Hang:
     progress: int
     seconds: float
     stacks: str
+    waits: bool = False
 
     def __str__(self) -> str:
         return f"rank {self.rank} made no progress for {self.seconds:.0f} s in {self.phase} of step {self.step}"
@@ -50,7 +52,7 @@ def hang_file(folder: Path, rank: int) -> Path:
 def load_hangs(folder: Path) -> list[Hang]:
     """What ranks have told, the one that is furthest behind first."""
     hangs = [Hang(**json.loads(path.read_text())) for path in folder.glob("rank-*.hang")]
-    return sorted(hangs, key=lambda hang: (hang.step, hang.progress, hang.rank))
+    return sorted(hangs, key=lambda hang: (hang.waits, hang.step, hang.progress, hang.rank))
 
 
 def describe_hang(hangs: list[Hang], world_size: int) -> str:
@@ -72,16 +74,20 @@ class Watchdog:
 
     def __init__(self, folder: Path, rank: int, timeout_seconds: float | None) -> None:
         self._folder, self._rank, self._timeout = folder, rank, timeout_seconds
-        self._step, self._phase, self._progress = 0, "starting", 0
-        self._beat = time.monotonic()
+        self._step, self._phase, self._progress, self._waits = 0, "starting", 0, False
+        self._beat, self._began = time.monotonic(), time.time()
         self._closed = threading.Event()
         hang_file(folder, rank).unlink(missing_ok=True)
         if timeout_seconds is not None:
             threading.Thread(target=self._watch, name="megakd-watchdog", daemon=True).start()
 
-    def enter(self, phase: str, step: int | None = None) -> None:
-        """Say what comes next, in words that stand after "in"."""
-        self._phase, self._step = phase, self._step if step is None else step
+    def enter(self, phase: str, step: int | None = None, *, waits: bool = False) -> None:
+        """Say what comes next, in words that stand after "in".
+
+        Args:
+            waits: for others, however long they take.
+        """
+        self._phase, self._step, self._waits = phase, self._step if step is None else step, waits
         self._progress += 1
         self._beat = time.monotonic()
 
@@ -103,14 +109,18 @@ class Watchdog:
         assert self._timeout is not None
         while not self._closed.wait(min(1.0, self._timeout / 10)):
             seconds = time.monotonic() - self._beat
-            if seconds > self._timeout:
+            if self._others_hang() if self._waits else seconds > self._timeout:
                 self._tell(seconds)
                 if not self._closed.wait(GRACE_SECONDS):
                     os._exit(HANG_STATUS)
                 return
 
+    def _others_hang(self) -> bool:
+        """Whether other ranks have told that they hang, since this one began."""
+        return any(path.stat().st_mtime >= self._began for path in self._folder.glob("rank-*.hang"))
+
     def _tell(self, seconds: float) -> None:
-        hang = Hang(self._rank, self._step, self._phase, self._progress, seconds, _stacks())
+        hang = Hang(self._rank, self._step, self._phase, self._progress, seconds, _stacks(), self._waits)
         print(f"{hang}\n{hang.stacks}", file=sys.stderr, flush=True)
         try:
             self._folder.mkdir(parents=True, exist_ok=True)

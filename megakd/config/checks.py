@@ -6,10 +6,16 @@ import math
 
 from megakd.common.errors import UserError
 from megakd.config.architecture_checks import check_architecture
+from megakd.config.layouts import student_ranks, teacher_is_dedicated
 from megakd.config.logging_checks import check_profile, check_profiled_ranks
 from megakd.config.schema import Config
-from megakd.config.teacher_checks import check_teacher_layout, check_teacher_ranks
-from megakd.config.wording import either, neighbours, ranks_per_replica, replica
+from megakd.config.teacher_checks import (
+    check_dedicated_ranks,
+    check_teacher_layout,
+    check_teacher_placement,
+    check_teacher_ranks,
+)
+from megakd.config.wording import either, multiples_around, neighbours, ranks_per_replica, replica
 
 
 def check_config(config: Config, world_size: int | None = None) -> None:
@@ -36,15 +42,17 @@ def check_config(config: Config, world_size: int | None = None) -> None:
     check_overlap_param_gather(config)
     check_context_parallel(config)
     check_sequence_parallel(config)
+    check_teacher_placement(config)
     check_teacher_layout(config)
     check_stage_split(config)
     check_written_architecture(config)
     check_micro_batches(config)
     check_profile(config)
     if world_size is not None:
+        check_dedicated_ranks(config, world_size)
         check_world_size(config, world_size)
         check_global_batch(config, world_size)
-        check_profiled_ranks(config, world_size)
+        check_profiled_ranks(config, student_ranks(config, world_size))
         check_teacher_ranks(config, world_size)
 
 
@@ -410,21 +418,31 @@ def check_micro_batches(config: Config) -> None:
 
 def check_world_size(config: Config, world_size: int) -> None:
     """The ranks are a whole number of model replicas."""
-    ranks = ranks_per_replica(config.parallel)
-    if world_size % ranks:
+    ranks, students = ranks_per_replica(config.parallel), student_ranks(config, world_size)
+    if not students % ranks:
+        return
+    if teacher_is_dedicated(config):
+        of_teacher = world_size - students
+        totals = either([str(n + of_teacher) for n in multiples_around(students, ranks)])
         raise UserError(
-            f"the run has {world_size} ranks; there must be a multiple of {replica(config.parallel)} = {ranks}, the "
-            f"ranks of one model replica. Start {neighbours(world_size, ranks)} ranks, or change the parallel section."
+            f"the run has {world_size} ranks, of which teacher.ranks {of_teacher} are the teacher's and {students} the "
+            f"student's; the student's must be a multiple of {replica(config.parallel)} = {ranks}, the ranks of one "
+            f"model replica. Start {totals} ranks, or change teacher.ranks or the parallel section."
         )
+    raise UserError(
+        f"the run has {world_size} ranks; there must be a multiple of {replica(config.parallel)} = {ranks}, the "
+        f"ranks of one model replica. Start {neighbours(world_size, ranks)} ranks, or change the parallel section."
+    )
 
 
 def check_global_batch(config: Config, world_size: int) -> None:
     """Every data-parallel rank has the same number of microbatches."""
     batch, micro = config.data.global_batch_size, config.data.micro_batch_size
-    replicas = world_size // ranks_per_replica(config.parallel)
+    students = student_ranks(config, world_size)
+    replicas = students // ranks_per_replica(config.parallel)
     if batch % (micro * replicas):
         raise UserError(
             f"data.global_batch_size is {batch}; it must be a multiple of data.micro_batch_size {micro} x "
-            f"data-parallel size {replicas} = {micro * replicas} ({world_size} ranks / ({replica(config.parallel)})). "
+            f"data-parallel size {replicas} = {micro * replicas} ({students} ranks / ({replica(config.parallel)})). "
             f"Use {neighbours(batch, micro * replicas)}."
         )

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 from megakd.config.schema import Config, ParallelSection
+from megakd.config.wording import ranks_per_replica
+
+# Keys of the teacher section that say where and when it runs, and nothing about what comes of it.
+TEACHER_PLACING = ("parallel", "placement", "ranks", "prefetch_steps", "signal_window", "offload")
 
 
 def teacher_parallel(config: Config) -> ParallelSection:
@@ -27,8 +33,51 @@ def teacher_micro_batch_size(config: Config) -> int:
     return config.teacher.parallel.micro_batch_size or config.data.micro_batch_size
 
 
+def teacher_is_dedicated(config: Config) -> bool:
+    """Whether the last of the job's ranks are the teacher's alone."""
+    return config.teacher is not None and config.teacher.placement == "dedicated"
+
+
+def student_ranks(config: Config, world_size: int) -> int:
+    """Ranks that train, the first of the job's."""
+    return world_size - teacher_ranks(config, world_size) if teacher_is_dedicated(config) else world_size
+
+
+def teacher_ranks(config: Config, world_size: int) -> int:
+    """Ranks that the teacher runs on."""
+    assert config.teacher is not None
+    return config.teacher.ranks or 0 if teacher_is_dedicated(config) else world_size
+
+
+def least_ranks(config: Config) -> int:
+    """Ranks of the smallest job that holds whole replicas of each model that runs."""
+    ranks = ranks_per_replica(config.parallel)
+    if config.teacher is None or config.teacher.source != "online":
+        return ranks
+    if teacher_is_dedicated(config):
+        return ranks + teacher_ranks(config, 0)
+    return math.lcm(ranks, ranks_per_replica(teacher_parallel(config)))
+
+
+def prefetch_steps(config: Config) -> int:
+    """Steps that a teacher on ranks of its own may be ahead of the student."""
+    assert config.teacher is not None
+    return 1 if config.teacher.prefetch_steps is None else config.teacher.prefetch_steps
+
+
+def windows_per_step(config: Config, students: int) -> int:
+    """The teacher's turns in a step on so many of the student's ranks, if it has any."""
+    assert config.teacher is not None
+    if config.teacher.signal_window is None:
+        return 1
+    replicas = students // ranks_per_replica(config.parallel)
+    return config.data.global_batch_size // (config.data.micro_batch_size * replicas * config.teacher.signal_window)
+
+
 def has_own_layout(config: Config) -> bool:
     """Whether the teacher's hidden states must be moved to get to where the student's are."""
+    if teacher_is_dedicated(config):
+        return True
     own, student = teacher_parallel(config), config.parallel
     return (
         own.tensor_model_parallel_size != student.tensor_model_parallel_size
@@ -42,8 +91,9 @@ def with_teacher_alone(config: Config) -> Config:
     """The configuration as the writing of a cache sees it: the run's layout is the teacher's."""
     if config.teacher is None or config.teacher.source != "online":
         return config
-    own = type(config.teacher.parallel)()
-    teacher = config.teacher.model_copy(update={"parallel": own, "signal_window": None, "offload": "none"})
+    fields = type(config.teacher).model_fields
+    alone = {key: fields[key].default for key in TEACHER_PLACING}
+    teacher = config.teacher.model_copy(update=alone)
     return config.model_copy(update={"parallel": teacher_parallel(config), "teacher": teacher})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megakd.common.errors import UserError
+from megakd.config.layouts import teacher_is_dedicated
 from megakd.config.schema import Config
 
 
@@ -31,11 +32,11 @@ def check_profiled_steps(config: Config, steps: int) -> None:
         )
 
 
-def check_profiled_ranks(config: Config, world_size: int) -> None:
-    """The ranks that trace are among the run's."""
+def check_profiled_ranks(config: Config, students: int) -> None:
+    """The ranks that trace are among those that train."""
     profile = config.logging.profile
-    if profile is not None and max(profile.ranks) >= world_size:
+    if profile is not None and max(profile.ranks) >= students:
+        whose = "the student has" if teacher_is_dedicated(config) else "the run has"
         raise UserError(
-            f"logging.profile.ranks has {max(profile.ranks)}; the run has ranks 0 to {world_size - 1}. "
-            "Name some of these."
+            f"logging.profile.ranks has {max(profile.ranks)}; {whose} ranks 0 to {students - 1}. Name some of these."
         )

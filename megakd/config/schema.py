@@ -61,7 +61,7 @@ class StudentSection(Section):
 
 
 class TeacherParallelSection(Section):
-    """Layout of the teacher on the student's ranks; what is not given is as the student's."""
+    """Layout of the teacher over its ranks; what is not given is as the student's."""
 
     tensor_model_parallel_size: int | None = Field(default=None, gt=0)
     pipeline_model_parallel_size: int | None = Field(default=None, gt=0, description="Its stages are always equal.")
@@ -83,7 +83,18 @@ class TeacherSection(Section):
     dtype: Literal["fp32", "bf16"] | None = Field(default=None, description="Defaults to run.dtype.")
     parallel: TeacherParallelSection = Field(
         default=TeacherParallelSection(),
-        description="Layout of the teacher on the student's ranks; what is not given is as the student's.",
+        description="Layout of the teacher over its ranks; what is not given is as the student's.",
+    )
+    placement: Literal["colocated", "dedicated"] = Field(
+        default="colocated", description="On the student's ranks, in turn with it, or on ranks of its own, ahead of it."
+    )
+    ranks: int | None = Field(
+        default=None, gt=0, description="dedicated: the job's last ranks that are the teacher's; the others train."
+    )
+    prefetch_steps: int | None = Field(
+        default=None,
+        ge=0,
+        description="dedicated: steps that the teacher may be ahead of the student; 1 where not given.",
     )
     signal_window: int | None = Field(
         default=None,

@@ -1,11 +1,60 @@
-"""Rules about the layout of a teacher that runs on the student's ranks."""
+"""Rules about where a teacher runs, and how it is laid out there."""
 
 from __future__ import annotations
 
 from megakd.common.errors import UserError
-from megakd.config.layouts import has_own_layout, teacher_micro_batch_size, teacher_parallel
+from megakd.config.layouts import (
+    TEACHER_PLACING,
+    has_own_layout,
+    student_ranks,
+    teacher_is_dedicated,
+    teacher_micro_batch_size,
+    teacher_parallel,
+    teacher_ranks,
+)
 from megakd.config.schema import Config
 from megakd.config.wording import either, neighbours, ranks_per_replica, replica
+
+
+def check_teacher_placement(config: Config) -> None:
+    """A teacher on ranks of its own needs to be told how many; one on the student's has none."""
+    teacher = config.teacher
+    if teacher is None or teacher.source == "cache":
+        return
+    if teacher.placement == "dedicated":
+        if teacher.ranks is None:
+            raise UserError(
+                "teacher.placement is dedicated and teacher.ranks is null; it must say how many of the job's ranks "
+                "are the teacher's. Set teacher.ranks, or teacher.placement to colocated."
+            )
+        if teacher.offload != "none":
+            raise UserError(
+                f"teacher.offload is {teacher.offload} and has no effect with teacher.placement dedicated, whose "
+                "ranks have nothing else to hold. Leave it out, or set teacher.placement to colocated."
+            )
+        return
+    for key in ("ranks", "prefetch_steps"):
+        value = getattr(teacher, key)
+        if value is not None:
+            raise UserError(
+                f"teacher.{key} is {value} and has no effect with teacher.placement colocated. Leave it out, or set "
+                "teacher.placement to dedicated."
+            )
+
+
+def check_dedicated_ranks(config: Config, world_size: int) -> None:
+    """Some ranks are left to the student."""
+    if not teacher_is_dedicated(config):
+        return
+    of_teacher = teacher_ranks(config, world_size)
+    replica_ranks = ranks_per_replica(config.parallel)
+    if of_teacher >= world_size:
+        raise UserError(
+            f"teacher.ranks is {of_teacher} and the run has {world_size} ranks, which leaves {world_size} - "
+            f"{of_teacher} = {world_size - of_teacher} to the student; it needs a multiple of "
+            f"{replica(config.parallel)} = {replica_ranks}. Start {of_teacher + replica_ranks} ranks "
+            "(--nproc-per-node), or lower teacher.ranks."
+        )
 
 
 def check_teacher_layout(config: Config) -> None:
@@ -15,7 +64,7 @@ def check_teacher_layout(config: Config) -> None:
         return
     if teacher.source == "cache":
         defaults = type(teacher).model_fields
-        for key in ("parallel", "signal_window", "offload"):
+        for key in TEACHER_PLACING:
             if getattr(teacher, key) != defaults[key].default:
                 raise UserError(
                     f"teacher.{key} is given and has no effect on a cache (teacher.source), which is no model that "
@@ -51,15 +100,21 @@ def check_teacher_ranks(config: Config, world_size: int) -> None:
     if teacher is None or teacher.source == "cache":
         return
     parallel = teacher_parallel(config)
-    ranks = ranks_per_replica(parallel)
-    if world_size % ranks:
+    ranks, available = ranks_per_replica(parallel), teacher_ranks(config, world_size)
+    if available % ranks:
+        if teacher_is_dedicated(config):
+            raise UserError(
+                f"teacher.ranks is {available}; it must be a multiple of the teacher's {replica(parallel)} = {ranks} "
+                f"(teacher.parallel; what it leaves out is the student's). Use {neighbours(available, ranks)}, or "
+                "change teacher.parallel."
+            )
         raise UserError(
-            f"the run has {world_size} ranks; there must be a multiple of the teacher's {replica(parallel)} = {ranks} "
-            f"(teacher.parallel). Start {neighbours(world_size, ranks)} ranks, or change teacher.parallel."
+            f"the run has {available} ranks; there must be a multiple of the teacher's {replica(parallel)} = {ranks} "
+            f"(teacher.parallel). Start {neighbours(available, ranks)} ranks, or change teacher.parallel."
         )
     if config.distill.kd_weight == 0:
         return
-    data, replicas = config.data, world_size // ranks_per_replica(config.parallel)
+    data, replicas = config.data, student_ranks(config, world_size) // ranks_per_replica(config.parallel)
     count = data.global_batch_size // (data.micro_batch_size * replicas)
     window = count if teacher.signal_window is None else teacher.signal_window
     if count % window:
@@ -69,11 +124,11 @@ def check_teacher_ranks(config: Config, world_size: int) -> None:
             f"data-parallel size {replicas})). Use {either([str(n) for n in range(1, count + 1) if count % n == 0])}."
         )
     samples, micro = window * data.micro_batch_size * replicas, teacher_micro_batch_size(config)
-    unit = micro * (world_size // ranks)
+    unit = micro * (available // ranks)
     if samples % unit:
         raise UserError(
             f"the teacher goes through {samples} samples at a time ({window} microbatches of {data.micro_batch_size} "
             f"on {replicas} of the student's data ranks); they must be a multiple of teacher.parallel.micro_batch_size "
-            f"{micro} x its data-parallel size {world_size // ranks} = {unit}. Change "
+            f"{micro} x its data-parallel size {available // ranks} = {unit}. Change "
             "teacher.parallel.micro_batch_size, teacher.signal_window or data.global_batch_size."
         )

@@ -20,10 +20,15 @@ def replica(parallel: ParallelSection) -> str:
     return " x ".join(f"{name}_parallel_size {size}" for name, size in sizes.items())
 
 
+def multiples_around(value: int, step: int) -> list[int]:
+    """The multiples of `step` below and above `value`, those above 0."""
+    below = value // step * step
+    return [below, below + step] if below else [step]
+
+
 def neighbours(value: int, step: int) -> str:
     """The multiples of `step` around `value`."""
-    below = value // step * step
-    return f"{below} or {below + step}" if below else str(step)
+    return either([str(multiple) for multiple in multiples_around(value, step)])
 
 
 def either(choices: list[str]) -> str:

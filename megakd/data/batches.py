@@ -157,14 +157,23 @@ class EvaluationBatches:
         return self.num_microbatches
 
     def __iter__(self) -> Iterator[Batch]:
+        return self.between(0, self.num_microbatches * self._ranks * self._micro_batch_size)
+
+    def between(self, first: int, stop: int) -> Iterator[Batch]:
+        """This rank's microbatches of the samples in places [first, stop), filled up to whole ones on every rank."""
+        unit = self._ranks * self._micro_batch_size
+        for start in range(
+            first + self._rank * self._micro_batch_size, stop + self._rank * self._micro_batch_size, unit
+        ):
+            yield self._at(start)
+
+    def _at(self, start: int) -> Batch:
         length = self._samples.sequence_length
-        for m in range(self.num_microbatches):
-            start = (m * self._ranks + self._rank) * self._micro_batch_size
-            places = np.arange(start, start + self._micro_batch_size, dtype=np.int64)
-            batch = collate(self._samples, self._ids[np.minimum(places, self.num_samples - 1)])
-            token_places = torch.from_numpy(places)[:, None] * length + torch.arange(length)  # [b, s]
-            batch["loss_mask"] *= (token_places < self.num_tokens).view(batch["loss_mask"].shape)
-            yield move(batch, self._device)
+        places = np.arange(start, start + self._micro_batch_size, dtype=np.int64)
+        batch = collate(self._samples, self._ids[np.minimum(places, self.num_samples - 1)])
+        token_places = torch.from_numpy(places)[:, None] * length + torch.arange(length)  # [b, s]
+        batch["loss_mask"] *= (token_places < self.num_tokens).view(batch["loss_mask"].shape)
+        return move(batch, self._device)
 
 
 def move(batch: Batch, device: torch.device | str) -> Batch:

@@ -15,7 +15,10 @@ from megakd.losses import DenseSignal, token_statistics
 from megakd.models.microbatch import run_stage
 from megakd.parallel.mesh import ModelMesh
 from megakd.parallel.pipeline import run_pipeline
-from megakd.teacher import OnlineTeacher
+from megakd.teacher import DenseTeacher
+
+# The student's microbatches that it and its teacher go through at a time.
+EVALUATION_WINDOW = 8
 
 _Pair = tuple[dict[str, Tensor], DenseSignal | None]
 
@@ -41,12 +44,12 @@ def evaluate(
     model: torch.nn.Module,
     mesh: ModelMesh,
     microbatches: Iterable[dict[str, Tensor]],
-    teacher: OnlineTeacher | None,
+    teacher: DenseTeacher | None,
     *,
     vocab_size: int,
     chunk_mib: int | None,
     sequence_parallel: bool,
-    window: int = 8,
+    window: int = EVALUATION_WINDOW,
 ) -> Scores:
     """Run the model forward over held-out microbatches, `window` of them at a time.
 

@@ -5,16 +5,20 @@ from megakd.platform.device import (
     Platform,
     build_platform,
     init_distributed,
+    job_rank,
+    launcher_store,
     prepare_megatron,
     shutdown_distributed,
 )
 from megakd.platform.gpu_environment import communication_timeout, gpu_environment, lowest_compute_capability
 from megakd.platform.memory import MemoryMeter
 from megakd.platform.step_clock import NOT_TIMED, StepClock
+from megakd.platform.worlds import Joint, join_sides
 
 __all__ = [
     "NOT_TIMED",
     "Accelerations",
+    "Joint",
     "MemoryMeter",
     "Platform",
     "StepClock",
@@ -23,6 +27,9 @@ __all__ = [
     "detect_accelerations",
     "gpu_environment",
     "init_distributed",
+    "job_rank",
+    "join_sides",
+    "launcher_store",
     "lowest_compute_capability",
     "prepare_megatron",
     "resolve_layer_spec",

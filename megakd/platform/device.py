@@ -92,6 +92,18 @@ def init_distributed(platform: Platform, timeout: timedelta = DEFAULT_TIMEOUT) -
         dist.init_process_group(platform.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
 
 
+def job_rank() -> int:
+    """This process's number among all of the launcher's, whatever worlds they form."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def launcher_store(timeout: timedelta = DEFAULT_TIMEOUT) -> tuple[dist.Store, int, int]:
+    """The store through which torchrun's ranks find each other, and this process's rank and their number."""
+    store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+    store.set_timeout(timeout)
+    return store, rank, size
+
+
 def shutdown_distributed() -> None:
     """Leave the process group if there is one."""
     if dist.is_initialized():

@@ -1,7 +1,18 @@
 """Where the teacher's signal comes from."""
 
 from megakd.teacher.cached import CachedTeacher
-from megakd.teacher.online import OnlineTeacher, build_online_teacher
-from megakd.teacher.protocol import Teacher
+from megakd.teacher.dedicated import RemoteTeacher, TeacherServer
+from megakd.teacher.online import OnlineTeacher
+from megakd.teacher.protocol import DenseTeacher, Teacher
+from megakd.teacher.stage import TeacherStage, build_teacher_stage
 
-__all__ = ["CachedTeacher", "OnlineTeacher", "Teacher", "build_online_teacher"]
+__all__ = [
+    "CachedTeacher",
+    "DenseTeacher",
+    "OnlineTeacher",
+    "RemoteTeacher",
+    "Teacher",
+    "TeacherServer",
+    "TeacherStage",
+    "build_teacher_stage",
+]

@@ -1,27 +1,24 @@
-"""The online teacher: a forward-only pipeline over its own mesh, once per window of microbatches."""
+"""The online teacher on the student's ranks: a forward-only pipeline over its own mesh, once per window."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from megakd.config.architecture import GPTArchitecture
-from megakd.convert import load_head, load_weights
 from megakd.data.batches import Batch
 from megakd.losses import DenseSignal
-from megakd.models.gpt import HiddenStateGPT, build_gpt
-from megakd.models.microbatch import run_stage
-from megakd.models.parameters import canonical_parameters
+from megakd.models.gpt import HiddenStateGPT
 from megakd.parallel.bridge import Bridge
 from megakd.parallel.mesh import ModelMesh
-from megakd.parallel.pipeline import run_pipeline
+from megakd.parallel.pieces import Window
 from megakd.teacher.parking import ParkedWeights
 from megakd.teacher.regrouping import regroup
+from megakd.teacher.stage import TeacherStage
 
 
 @dataclass(frozen=True)
@@ -31,7 +28,7 @@ class Crossing:
     Attributes:
         student_mesh: the mesh that asks for signals.
         micro_batch_size: the teacher's.
-        bridge: from the teacher's last stage to the student's.
+        bridge: from the teacher's last stage to the student's, in ranks of the world.
     """
 
     student_mesh: ModelMesh
@@ -40,10 +37,9 @@ class Crossing:
 
 
 class OnlineTeacher:
-    """Runs the teacher beside the student: no gradients, no optimizer, not in the checkpoint.
+    """Runs the teacher beside the student.
 
     Args:
-        model: this rank's stage of the teacher, without its head.
         head: [v/tp, h_t] the teacher's output layer in the student's vocabulary partition, on the student's last
             stage; None on the others.
         crossing: None where both models have one layout.
@@ -52,101 +48,61 @@ class OnlineTeacher:
 
     def __init__(
         self,
-        model: HiddenStateGPT,
-        mesh: ModelMesh,
+        stage: TeacherStage,
         head: Tensor | None,
         crossing: Crossing | None = None,
         parked: ParkedWeights | None = None,
     ) -> None:
-        self.model = model.eval().requires_grad_(False)
-        self.mesh = mesh
+        self._stage = stage
         self.head = head
         self._crossing = crossing
         self._parked = parked
 
+    @property
+    def model(self) -> HiddenStateGPT:
+        """This rank's layers, without the head."""
+        return self._stage.model
+
     @torch.no_grad()
-    def signals(self, microbatches: Sequence[dict[str, Tensor]]) -> Sequence[DenseSignal | None]:
+    def signals(self, microbatches: Sequence[Batch]) -> Sequence[DenseSignal | None]:
         """See Teacher.signals."""
         with self._parked.fetched() if self._parked is not None else nullcontext():
             if self._crossing is None:
-                hidden = self._run(microbatches)
+                hidden = self._stage.run(microbatches)
             else:
                 hidden = self._run_across(self._crossing, microbatches)
-        if self.head is None:
-            return [None] * len(microbatches)
-        is_spread = None if self._crossing is None else True
-        return [DenseSignal(state.flatten(0, 1), self.head, is_spread) for state in hidden]
-
-    def _run(self, microbatches: Sequence[Batch]) -> list[Tensor]:
-        """Hidden states of the teacher's own microbatches, on its last stage."""
-        micro_batch_size, sequence_length = microbatches[0]["tokens"].shape
-        return run_pipeline(
-            self.mesh,
-            self.model,
-            _forward_step,
-            microbatches,
-            num_microbatches=len(microbatches),
-            micro_batch_size=micro_batch_size,
-            sequence_length=sequence_length,
-            forward_only=True,
-        )
+        return as_signals(hidden, self.head, len(microbatches), is_spread=None if self._crossing is None else True)
 
     def _run_across(self, crossing: Crossing, microbatches: Sequence[Batch]) -> list[Tensor]:
         """This rank's stretches of the sequence of the student's microbatches, on the student's last stage."""
+        mesh = self._stage.mesh
         own = regroup(
             microbatches,
             crossing.student_mesh.groups.dp,
             micro_batch_size=crossing.micro_batch_size,
-            data_parallel_rank=self.mesh.dp_rank,
-            data_parallel_size=self.mesh.dp_size,
+            data_parallel_rank=mesh.dp_rank,
+            data_parallel_size=mesh.dp_size,
         )
-        count = len(microbatches[0]["sample_ids"])
-        return crossing.bridge.carry(
-            self._run(own),
-            samples=len(microbatches) * count * crossing.student_mesh.dp_size,
-            length=microbatches[0]["tokens"].numel() // count,
-            one_row="cu_seqlens" in microbatches[0],
-        )
+        world = dist.group.WORLD
+        assert world is not None
+        window = window_of(microbatches, crossing.student_mesh.dp_size)
+        return crossing.bridge.carry(self._stage.run(own), window, world)
 
 
-def _forward_step(
-    microbatches: Iterator[dict[str, Tensor]], model: torch.nn.Module
-) -> tuple[Any, Callable[..., Tensor]]:
-    batch = next(microbatches)
-    return run_stage(model, batch), lambda hidden, non_loss_data: hidden
+def as_signals(
+    hidden: Sequence[Tensor], head: Tensor | None, count: int, *, is_spread: bool | None
+) -> Sequence[DenseSignal | None]:
+    """One signal for each of the student's `count` microbatches; None for each away from its last stage."""
+    if head is None:
+        return [None] * count
+    return [DenseSignal(state.flatten(0, 1), head, is_spread) for state in hidden]
 
 
-def build_online_teacher(
-    path: str,
-    architecture: GPTArchitecture,
-    mesh: ModelMesh,
-    *,
-    dtype: torch.dtype,
-    layer_spec: str,
-    sequence_parallel: bool,
-    student_mesh: ModelMesh,
-    student_padded_vocab: int,
-    crossing: Crossing | None = None,
-    is_parked: bool = False,
-) -> OnlineTeacher:
-    """Build the teacher's stage on `mesh` and read just this rank's weights from the Hugging Face folder.
-
-    Args:
-        student_padded_vocab: rows of the student's head over all tensor ranks; the teacher's head is cut the same way.
-        is_parked: the weights wait in main memory while the teacher does not run. Its head stays: the loss needs it.
-    """
-    model = build_gpt(
-        architecture, mesh, dtype=dtype, layer_spec=layer_spec, sequence_parallel=sequence_parallel, head=False
+def window_of(microbatches: Sequence[Batch], data_parallel_size: int) -> Window:
+    """The window that these are one data rank's microbatches of."""
+    count = len(microbatches[0]["sample_ids"])
+    return Window(
+        samples=len(microbatches) * count * data_parallel_size,
+        length=microbatches[0]["tokens"].numel() // count,
+        one_row="cu_seqlens" in microbatches[0],
     )
-    load_weights(canonical_parameters(model).items(), path, architecture, tp_rank=mesh.tp_rank, tp_size=mesh.tp_size)
-    head = None
-    if student_mesh.is_last_stage:
-        head = load_head(
-            path,
-            tp_rank=student_mesh.tp_rank,
-            tp_size=student_mesh.tp_size,
-            padded_vocab=student_padded_vocab,
-            dtype=dtype,
-            device=torch.cuda.current_device(),
-        )
-    return OnlineTeacher(model, mesh, head, crossing, ParkedWeights(model) if is_parked else None)

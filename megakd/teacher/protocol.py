@@ -19,3 +19,11 @@ class Teacher(Protocol):
         Collective: every rank of the teacher and of the student calls it with its own microbatches.
         """
         ...
+
+
+class DenseTeacher(Protocol):
+    """A teacher whose whole distributions are known."""
+
+    def signals(self, microbatches: Sequence[dict[str, Tensor]]) -> Sequence[DenseSignal | None]:
+        """As Teacher.signals."""
+        ...

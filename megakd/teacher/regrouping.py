@@ -29,11 +29,15 @@ def regroup(
         data_parallel_rank, data_parallel_size: the teacher's.
 
     Returns:
-        microbatches with tokens and position_ids, and where attention may end inside a sample cu_seqlens and
+        microbatches with tokens and position_ids, the last of them filled up with the last sample where they are more
+        than the window has, and where attention may end inside a sample cu_seqlens and
         max_seqlen; in the teacher's own order (see parallel.bridge).
     """
     samples = _samples_of_all(microbatches, group)
     unit = micro_batch_size * data_parallel_size
+    missing = -len(samples["tokens"]) % unit  # only of evaluations
+    if missing:
+        samples = {name: torch.cat([rows, rows[-1:].expand(missing, -1)]) for name, rows in samples.items()}
     regrouped = []
     for start in range(0, len(samples["tokens"]), unit):
         first = start + data_parallel_rank * micro_batch_size

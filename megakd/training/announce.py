@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megakd.config.layouts import has_own_layout, teacher_micro_batch_size, teacher_parallel
+from megakd.config.layouts import (
+    has_own_layout,
+    prefetch_steps,
+    teacher_is_dedicated,
+    teacher_micro_batch_size,
+    teacher_parallel,
+    teacher_ranks,
+)
 from megakd.config.schema import Config
 from megakd.parameters.sharding import padded_vocab_size
 from megakd.teacher import CachedTeacher
@@ -59,12 +66,17 @@ def _own_layout(config: Config, world_size: int) -> str:
     assert config.teacher is not None
     parts = []
     if has_own_layout(config):
-        parallel = teacher_parallel(config)
+        parallel, ranks = teacher_parallel(config), teacher_ranks(config, world_size)
         tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+        own = "1 rank" if ranks == 1 else f"{ranks} ranks"
+        where = f"{own} of its own" if teacher_is_dedicated(config) else "the same ranks"
         parts.append(
-            f" on TP {tp} x PP {pp} x DP {world_size // (tp * pp)} of the same ranks, microbatches of "
+            f" on TP {tp} x PP {pp} x DP {ranks // (tp * pp)} of {where}, microbatches of "
             f"{teacher_micro_batch_size(config)}"
         )
+    if teacher_is_dedicated(config) and config.distill.kd_weight > 0:
+        steps = prefetch_steps(config)
+        parts.append(f", up to {steps} steps ahead" if steps != 1 else ", up to 1 step ahead")
     if config.teacher.signal_window is not None:
         parts.append(f", windows of {config.teacher.signal_window} of the student's microbatches")
     if config.teacher.offload == "cpu":

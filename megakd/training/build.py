@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,20 +13,38 @@ from megatron.core.distributed import (
     finalize_model_grads,
 )
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from torch import Tensor
 
 from megakd.cache.reader import CacheReader
 from megakd.config.architecture import GPTArchitecture
-from megakd.config.layouts import has_own_layout, teacher_micro_batch_size, teacher_parallel
+from megakd.config.layouts import (
+    has_own_layout,
+    prefetch_steps,
+    teacher_is_dedicated,
+    teacher_micro_batch_size,
+    teacher_parallel,
+    windows_per_step,
+)
 from megakd.config.schema import Config, OptimizerSection, ParallelSection
-from megakd.convert import load_weights
+from megakd.convert import load_head, load_weights
 from megakd.models.gpt import HiddenStateGPT, build_gpt
 from megakd.models.parameters import canonical_parameters
-from megakd.parallel.bridge import Bridge, last_stage_spread
+from megakd.parallel.bridge import Bridge
 from megakd.parallel.mesh import GroupPool, ModelMesh, build_model_mesh
+from megakd.parallel.pieces import last_stage_spread
 from megakd.parameters.sharding import padded_vocab_size
-from megakd.platform import communication_timeout
-from megakd.teacher import CachedTeacher, OnlineTeacher, build_online_teacher
+from megakd.platform import Joint, communication_timeout
+from megakd.teacher import (
+    CachedTeacher,
+    OnlineTeacher,
+    RemoteTeacher,
+    TeacherServer,
+    TeacherStage,
+    build_teacher_stage,
+)
 from megakd.teacher.online import Crossing
+from megakd.teacher.parking import ParkedWeights
+from megakd.teacher.turns import StudentTurns, TeacherTurns
 from megakd.training.architectures import student_architecture, teacher_architecture
 from megakd.training.teacher_cache import place_samples
 from megakd.training.train_data import TrainData
@@ -44,10 +63,10 @@ class Student:
 
 
 def build_meshes(config: Config) -> tuple[ModelMesh, ModelMesh | None]:
-    """The student's mesh and, where there is a teacher, the teacher's own, over the same ranks."""
+    """The student's mesh and, where a teacher runs on the same ranks, the teacher's own."""
     pool = GroupPool(communication_timeout(config.safeguards.hang_timeout_seconds))
-    is_online = config.teacher is not None and config.teacher.source == "online"
-    return build_mesh(config.parallel, pool), build_mesh(teacher_parallel(config), pool) if is_online else None
+    shares = config.teacher is not None and config.teacher.source == "online" and not teacher_is_dedicated(config)
+    return build_mesh(config.parallel, pool), build_mesh(teacher_parallel(config), pool) if shares else None
 
 
 def build_mesh(parallel: ParallelSection, pool: GroupPool) -> ModelMesh:
@@ -138,40 +157,101 @@ def build_adam(student: Student, section: OptimizerSection, dtype: torch.dtype) 
 
 
 def build_teacher(config: Config, mesh: ModelMesh, student_mesh: ModelMesh, layer_spec: str) -> OnlineTeacher:
-    """The teacher on `mesh`, its head in the student's vocabulary partition."""
+    """The teacher on the student's ranks as `mesh` lays them, its head in the student's vocabulary partition."""
     assert config.teacher is not None
-    vocab_size = student_architecture(config).vocab_size
-    return build_online_teacher(
+    stage = build_stage(config, mesh, layer_spec)
+    crossing = None
+    if has_own_layout(config):
+        bridge = build_bridge(config, student_mesh.ranks, mesh.ranks, dist.get_rank())
+        crossing = Crossing(student_mesh, teacher_micro_batch_size(config), bridge)
+    # The head stays where it is: the loss needs it while the teacher does not run.
+    parked = ParkedWeights(stage.model) if config.teacher.offload == "cpu" else None
+    return OnlineTeacher(stage, load_teacher_head(config, student_mesh), crossing, parked)
+
+
+def build_remote_teacher(config: Config, joint: Joint, student_mesh: ModelMesh) -> RemoteTeacher:
+    """What the student's ranks have of a teacher on ranks of its own."""
+    bridge = build_bridge(config, *_sides(joint), joint.rank)
+    turns = StudentTurns(joint.store) if joint.rank == 0 else None
+    return RemoteTeacher(load_teacher_head(config, student_mesh), student_mesh, bridge, joint.group, turns)
+
+
+def build_teacher_server(config: Config, joint: Joint, mesh: ModelMesh, layer_spec: str) -> TeacherServer:
+    """What the teacher's own ranks do; `mesh` is over them alone."""
+    lookahead = prefetch_steps(config) * windows_per_step(config, joint.students)
+    turns = TeacherTurns(joint.store, lookahead, torch.device(torch.cuda.current_device()))
+    bridge = build_bridge(config, *_sides(joint), joint.rank)
+    return TeacherServer(build_stage(config, mesh, layer_spec), bridge, joint.group, turns, lookahead)
+
+
+def build_stage(config: Config, mesh: ModelMesh, layer_spec: str) -> TeacherStage:
+    """This rank's stage of the teacher."""
+    assert config.teacher is not None
+    return build_teacher_stage(
         config.teacher.path,
         teacher_architecture(config),
         mesh,
-        dtype=DTYPES[config.teacher.dtype or config.run.dtype],
+        dtype=_teacher_dtype(config),
         layer_spec=layer_spec,
         sequence_parallel=teacher_parallel(config).sequence_parallel,
-        student_mesh=student_mesh,
-        student_padded_vocab=padded_vocab_size(vocab_size, config.student.make_vocab_size_divisible_by),
-        crossing=build_crossing(config, mesh, student_mesh) if has_own_layout(config) else None,
-        is_parked=config.teacher.offload == "cpu",
     )
 
 
-def build_crossing(config: Config, mesh: ModelMesh, student_mesh: ModelMesh) -> Crossing:
-    """The way of hidden states from a teacher's layout to the student's. Collective over the world."""
+def load_teacher_head(config: Config, student_mesh: ModelMesh) -> Tensor | None:
+    """The teacher's output layer on the student's last stage, in the student's vocabulary partition; else None."""
     assert config.teacher is not None
-    parallel, micro_batch_size = teacher_parallel(config), teacher_micro_batch_size(config)
-    source = last_stage_spread(mesh, micro_batch_size, is_cut=parallel.sequence_parallel)
-    target = last_stage_spread(student_mesh, config.data.micro_batch_size, is_cut=True)
-    world = dist.group.WORLD
-    assert world is not None
-    bridge = Bridge(
+    if not student_mesh.is_last_stage:
+        return None
+    vocab_size = student_architecture(config).vocab_size
+    return load_head(
+        config.teacher.path,
+        tp_rank=student_mesh.tp_rank,
+        tp_size=student_mesh.tp_size,
+        padded_vocab=padded_vocab_size(vocab_size, config.student.make_vocab_size_divisible_by),
+        dtype=_teacher_dtype(config),
+        device=torch.cuda.current_device(),
+    )
+
+
+def build_bridge(config: Config, students: Sequence[int], teachers: Sequence[int], rank: int) -> Bridge:
+    """This rank's part in the way of hidden states from the teacher's ranks to the student's.
+
+    Args:
+        students, teachers: ranks of both models; the same ones where the teacher is colocated.
+        rank: this one's number among them.
+    """
+    own, parallel = teacher_parallel(config), config.parallel
+    source = last_stage_spread(
+        teachers,
+        tp_size=own.tensor_model_parallel_size,
+        pp_size=own.pipeline_model_parallel_size,
+        micro_batch_size=teacher_micro_batch_size(config),
+        is_cut=own.sequence_parallel,
+    )
+    target = last_stage_spread(
+        students,
+        tp_size=parallel.tensor_model_parallel_size,
+        pp_size=parallel.pipeline_model_parallel_size,
+        micro_batch_size=config.data.micro_batch_size,
+        is_cut=True,
+    )
+    return Bridge(
         source,
         target,
-        world,
+        rank,
         width=teacher_architecture(config).hidden_size,
-        dtype=DTYPES[config.teacher.dtype or config.run.dtype],
+        dtype=_teacher_dtype(config),
         device=torch.device(torch.cuda.current_device()),
     )
-    return Crossing(student_mesh, micro_batch_size, bridge)
+
+
+def _sides(joint: Joint) -> tuple[range, range]:
+    return range(joint.students), range(joint.students, joint.size)
+
+
+def _teacher_dtype(config: Config) -> torch.dtype:
+    assert config.teacher is not None
+    return DTYPES[config.teacher.dtype or config.run.dtype]
 
 
 def build_cached_teacher(config: Config, data: TrainData) -> CachedTeacher | None:

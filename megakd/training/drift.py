@@ -14,6 +14,7 @@ from megakd.cache.reader import CacheReader
 from megakd.checkpoint.record import Record
 from megakd.common.errors import UserError
 from megakd.common.logging import log
+from megakd.config.layouts import TEACHER_PLACING
 from megakd.config.problems import show
 from megakd.config.schema import Config
 from megakd.data.identity import file_hash
@@ -29,9 +30,7 @@ _HARMLESS = (
     "run.time_limit_minutes",
     "run.layer_spec",
     "student.recompute_granularity",
-    "teacher.parallel",
-    "teacher.signal_window",
-    "teacher.offload",
+    *(f"teacher.{key}" for key in TEACHER_PLACING),
     "cache",
     "parallel",
     "distill.loss_chunk_mib",

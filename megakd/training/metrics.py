@@ -75,7 +75,7 @@ class MetricsWriter:
                 f"step {step:>{len(str(self._total))}}/{self._total}  loss {record['loss']:.4f}  "
                 f"kd {record['kd_loss']:.4f}  ce {record['ce_loss']:.4f}  grad norm {record['grad_norm']:.3f}  "
                 f"lr {record['learning_rate']:.2e}  {record['tokens_per_second']:,.0f} tokens/s  "
-                f"{record['tflops_per_rank']:.3f} TFLOP/s/rank  teacher {100 * record['teacher_share']:.0f} %"
+                f"{record['tflops_per_rank']:.3f} TFLOP/s/rank  {_describe_teacher(record)}"
             )
 
     def is_told(self, step: int) -> bool:
@@ -109,6 +109,16 @@ class MetricsWriter:
         }
         for board in self._boards:
             board.add(record["step"], figures)
+
+
+def _describe_teacher(record: dict[str, Any]) -> str:
+    """Where the teacher's time goes: into the step, or where it has ranks of its own, how long either side waits."""
+    if "teacher_wait_share" not in record:
+        return f"teacher {100 * record['teacher_share']:.0f} %"
+    return (
+        f"waiting: student {100 * record['student_wait_share']:.0f} %, "
+        f"teacher {100 * record['teacher_wait_share']:.0f} %"
+    )
 
 
 def describe_scores(step: int, scores: dict[str, Any]) -> str:

@@ -25,8 +25,9 @@ from megakd.data.batches import TrainBatches
 from megakd.evaluation import Scores, evaluate
 from megakd.parallel.random_state import seed_megatron
 from megakd.parallel.rank_0 import on_rank_0
-from megakd.platform import Platform, detect_accelerations, resolve_layer_spec
-from megakd.teacher import OnlineTeacher, Teacher
+from megakd.platform import Joint, Platform, detect_accelerations, resolve_layer_spec
+from megakd.teacher import DenseTeacher, Teacher
+from megakd.teacher.turns import StudentTurns, Task, TeacherTimes
 from megakd.training.announce import announce
 from megakd.training.architectures import shared_vocab_size, teacher_architecture
 from megakd.training.boards import open_boards
@@ -36,6 +37,7 @@ from megakd.training.build import (
     build_adam,
     build_cached_teacher,
     build_meshes,
+    build_remote_teacher,
     build_student,
     build_teacher,
 )
@@ -49,6 +51,7 @@ from megakd.training.run_folder import CHECKPOINTS, save_run_description
 from megakd.training.schedule import learning_rate
 from megakd.training.step import StepResult, train_step
 from megakd.training.step_record import step_record
+from megakd.training.teacher_side import evaluates_after
 from megakd.training.timing import RankTimes, time_student
 from megakd.training.train_data import held_out_sources, open_held_out_data, open_train_data, run_steps
 from megakd.training.watch import Best, Counters
@@ -57,7 +60,15 @@ from megakd.training.watch import Best, Counters
 class Run:
     """The objects of a run and the numbers that change. On every rank; all methods are collective."""
 
-    def __init__(self, config: Config, platform: Platform, watchdog: Watchdog, *, accept_changes: bool) -> None:
+    def __init__(
+        self,
+        config: Config,
+        platform: Platform,
+        watchdog: Watchdog,
+        joint: Joint | None = None,
+        *,
+        accept_changes: bool,
+    ) -> None:
         self.config, self.platform, self.watchdog = config, platform, watchdog
         self.folder = Path(config.run.output_dir)
         self.scores: dict[int, Scores] = {}
@@ -69,8 +80,13 @@ class Run:
         self._student: Student = build_student(config, self.mesh, layer_spec)
         self._optimizer = build_adam(self._student, config.optimizer, DTYPES[config.run.dtype])
         self._data = open_train_data(config)
-        self._teacher: OnlineTeacher | None = None
-        if teacher_mesh is not None:
+        self._ranks = dist.get_world_size() if joint is None else joint.size
+        self._teacher: DenseTeacher | None = None
+        self._turns: StudentTurns | None = None
+        if joint is not None:
+            self._teacher = remote = build_remote_teacher(config, joint, self.mesh)
+            self._turns = remote.turns
+        elif teacher_mesh is not None:
             self._teacher = build_teacher(config, teacher_mesh, self.mesh, layer_spec)
         self._cached_teacher = build_cached_teacher(config, self._data)
         # A run on cross-entropy alone has a teacher only to be measured against.
@@ -104,7 +120,7 @@ class Run:
         for line in announce(
             config, self._data, self._held_out, self._cached_teacher, layout=self.mesh.describe(),
             layer_spec=layer_spec, steps=self._steps, device_type=platform.device.type,
-            world_size=dist.get_world_size(),
+            world_size=self._ranks,
         ):  # fmt: skip
             log.info(line)
 
@@ -118,7 +134,7 @@ class Run:
         self.watchdog.enter("resuming")
         self._resume()
         if is_writer:
-            save_run_description(self.folder, config, dist.get_world_size(), self.mesh.describe(), self._steps)
+            save_run_description(self.folder, config, self._ranks, self.mesh.describe(), self._steps)
         cached = self._cached_teacher if self.mesh.is_last_stage else None
         batches = TrainBatches(
             self._data.samples,
@@ -138,6 +154,8 @@ class Run:
             log_interval=config.logging.log_interval,
             boards=open_boards(config, self.folder, self._counters.step) if is_writer else (),
         )
+        if self._turns is not None:
+            self._turns.start(Task(self._counters.step, self._steps))
         profiler = StepProfiler(config.logging.profile, self.folder, dist.get_rank(), self.platform, self._clock)
         try:
             with self._metrics:
@@ -155,6 +173,7 @@ class Run:
                 self._heed(self._checkpoints.finish())
                 if interrupted is not None and self._saved_step != self._counters.step > 0:
                     self._save(waits=True)
+                self._end_teacher()
         finally:
             profiler.close()
             batches.close()
@@ -177,9 +196,18 @@ class Run:
             self._checkpoints.load_model(path)
             self._counters.step = record.step
         log.info(f"evaluating {newest[0] if newest is not None else 'the initial student'}")
+        if self._turns is not None:
+            self._turns.start(Task(self._counters.step, self._counters.step, evaluates_only=True))
         scores = self._scores()
+        self._end_teacher()
         log.info(describe_scores(self._counters.step, scores.to_dict()))
         return scores
+
+    def _end_teacher(self) -> None:
+        """Let a teacher on ranks of its own go."""
+        self.watchdog.enter("letting the teacher go")
+        if self._turns is not None:
+            self._turns.end()
 
     def export(self) -> Path:
         """Write the student as a Hugging Face folder."""
@@ -210,7 +238,8 @@ class Run:
         odd = self._judge(result, batches)
         record = step_record(
             config, result, times, step=counters.step, tokens=counters.tokens, learning_rate=rate,
-            student=self._student.architecture, teacher=self._running_teacher(),
+            student=self._student.architecture, teacher=self._running_teacher(), ranks=self._ranks,
+            teacher_times=self._teacher_times(),
         )  # fmt: skip
         self._metrics.step(record | odd)
         if self._metrics.is_told(counters.step):
@@ -224,12 +253,8 @@ class Run:
                 "lower optimizer.lr or leave out the data. If the newest checkpoint is of just before, remove it to "
                 "go on from the one before it."
             )
-        every, best = config.evaluation.interval, False
-        if every and counters.step % every == 0:
-            best = self._evaluate()
+        best = evaluates_after(counters.step, self._steps, config.evaluation) and self._evaluate()
         over = self._is_over()
-        if over and config.evaluation.at_end and counters.step not in self.scores:
-            best = self._evaluate()
         every = config.checkpoint.save_interval
         if counters.skipped_in_a_row and not over:
             return  # what the next step shows to be bad must not take the place of what is good
@@ -262,12 +287,20 @@ class Run:
         runs = self._training_teacher is not None and self._cached_teacher is None
         return teacher_architecture(self.config) if runs else None
 
+    def _teacher_times(self) -> TeacherTimes | None:
+        """Where a teacher on ranks of its own left the time of the step that was just done; on rank 0."""
+        if self._turns is None or self._training_teacher is None:
+            return None
+        return self._turns.teacher_times(self._counters.step - 1)
+
     def _agree(self) -> str | None:
         """Between steps: name a checkpoint that all ranks have written; what any rank wants to stop for."""
         self.watchdog.enter("agreeing with the other ranks")
         limit = self.config.run.time_limit_minutes
         is_late = limit is not None and launch_age_seconds() > 60 * limit
         signal_name = stop_requested()
+        if signal_name is None and self._turns is not None:
+            signal_name = self._turns.stop_wish()
         is_writing = self._checkpoints.is_saving and not self._checkpoints.is_written
         flags = torch.tensor(
             [signal_name is not None, is_late, is_writing], dtype=torch.int32, device=self.platform.device

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.distributed as dist
-
 from megakd.common.step_parts import DATA, TEACHER
 from megakd.config.architecture import GPTArchitecture
 from megakd.config.schema import Config
+from megakd.teacher.turns import TeacherTimes
 from megakd.training.flops import step_flops
 from megakd.training.step import StepResult
 from megakd.training.timing import StepTimes
@@ -24,12 +23,16 @@ def step_record(
     learning_rate: float,
     student: GPTArchitecture,
     teacher: GPTArchitecture | None,
+    ranks: int,
+    teacher_times: TeacherTimes | None,
 ) -> dict[str, Any]:
     """What is said of step `step`; docs/monitoring.md describes the keys.
 
     Args:
         tokens: counted so far, this step's included.
         teacher: where it runs in the step.
+        ranks: of the job, the teacher's own included.
+        teacher_times: of a teacher on ranks of its own.
     """
     positions = config.data.global_batch_size * config.data.sequence_length
     flops = step_flops(student, teacher, config.data.sequence_length, positions)
@@ -43,8 +46,20 @@ def step_record(
         "learning_rate": learning_rate,
         "tokens": tokens,
         "tokens_per_second": positions / seconds,
-        "tflops_per_rank": flops / seconds / dist.get_world_size() / 1e12,
+        "tflops_per_rank": flops / seconds / ranks / 1e12,
         "teacher_share": times.part(TEACHER) / seconds,
         "data_share": times.part(DATA) / seconds,
+        **(_waiting(times, teacher_times) if teacher_times is not None else {}),
         **times.figures(),
+    }
+
+
+def _waiting(times: StepTimes, teacher: TeacherTimes) -> dict[str, float]:
+    """The shares of their time that student and teacher wait for each other.
+
+    Of the student's ranks those of the last stage receive signals; the others wait for these.
+    """
+    return {
+        "student_wait_share": times.most(TEACHER) / times.step_seconds,
+        "teacher_wait_share": teacher.waited / max(teacher.seconds, 1e-9),
     }

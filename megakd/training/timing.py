@@ -49,6 +49,10 @@ class StepTimes:
         """A part's seconds, the mean over ranks."""
         return float(self.seconds[:, list(STEP_PARTS).index(name)].mean())
 
+    def most(self, name: str) -> float:
+        """A part's seconds on the rank where it took longest."""
+        return float(self.seconds[:, list(STEP_PARTS).index(name)].max())
+
     def figures(self) -> dict[str, float | int]:
         """For the step's record: means over ranks, which add up to `step_seconds`, and the fullest rank's memory."""
         means = {seconds_key(part): round(self.part(part), 6) for part in STEP_PARTS}

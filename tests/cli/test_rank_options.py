@@ -16,7 +16,6 @@ from megakd.cli import rank_options, train_command
 from megakd.cli.main import main
 from megakd.cli.rank_options import add_rank_options, choose_nproc_per_node, load_for_ranks
 from megakd.common.errors import UserError
-from megakd.config.schema import ParallelSection
 from megakd.launch import launcher
 from megakd.launch.nodes import Nodes
 from tests.config.examples import config
@@ -92,9 +91,9 @@ def test_options_win_over_slurms_variables(
 
 def test_gpus_that_torch_does_not_see(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
-    assert choose_nproc_per_node(ParallelSection(), 1) == 1
+    assert choose_nproc_per_node(1, 1) == 1
     with pytest.raises(UserError, match=r"^SLURM_GPUS_ON_NODE is 8, and torch sees no GPU: torch 2.* Install one that"):
-        choose_nproc_per_node(ParallelSection(), None)
+        choose_nproc_per_node(1, None)
 
 
 def test_a_host_that_nobody_knows(parsed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,11 +106,12 @@ def test_a_host_that_nobody_knows(parsed: Any, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_replica_is_shared_out_over_the_nodes() -> None:
-    four = ParallelSection(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
-    assert [choose_nproc_per_node(four, None, nodes) for nodes in (1, 2, 4)] == [4, 2, 1]
+    assert [choose_nproc_per_node(4, None, nodes) for nodes in (1, 2, 4)] == [4, 2, 1]
     for nodes in (3, 8):
-        with pytest.raises(UserError, match=f"--nnodes is {nodes}; the 4 ranks of one model replica do not divide"):
-            choose_nproc_per_node(four, None, nodes)
+        with pytest.raises(
+            UserError, match=f"--nnodes is {nodes}; the 4 ranks of one replica of the models do not divide"
+        ):
+            choose_nproc_per_node(4, None, nodes)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megakd.parallel.bridge import Bridge, Spread, plan_pieces
+from megakd.parallel.bridge import Bridge
+from megakd.parallel.pieces import Spread, Window, plan_pieces
 from tests.parallel.sent_bytes import count_sent_bytes
 
 WIDTH = 3
@@ -51,7 +52,7 @@ def test_pieces_put_every_state_in_its_place(data: st.DataObject) -> None:
     expected = {rank: hidden_of(target, rank, samples, length, one_row) for rank in ranks}
     arrived = {rank: [torch.full_like(tensor, -1) for tensor in tensors] for rank, tensors in expected.items()}
     moved = 0
-    for piece in plan_pieces(source, target, samples, length, one_row):
+    for piece in plan_pieces(source, target, Window(samples, length, one_row)):
         a, b = piece.source, piece.target
         state = there[a.rank][a.microbatch][a.start : a.start + piece.length, a.column]
         arrived[b.rank][b.microbatch][b.start : b.start + piece.length, b.column] = state
@@ -67,12 +68,10 @@ def carried(source: Spread, target: Spread, samples: int, length: int, one_row: 
     import torch.distributed as dist
 
     rank = dist.get_rank()
-    bridge = Bridge(
-        source, target, dist.group.WORLD, width=WIDTH, dtype=torch.float32, device=torch.device("cpu")
-    )  # fmt: skip
+    bridge = Bridge(source, target, rank, width=WIDTH, dtype=torch.float32, device=torch.device("cpu"))
     hidden = hidden_of(source, rank, samples, length, one_row)
     with count_sent_bytes() as sent:
-        got = bridge.carry(hidden, samples=samples, length=length, one_row=one_row)
+        got = bridge.carry(hidden, Window(samples, length, one_row), dist.group.WORLD)
     wanted = hidden_of(target, rank, samples, length, one_row)
     right = len(got) == len(wanted) and all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
     return right, sent["messages"] + sent["collectives"]

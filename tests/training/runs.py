@@ -198,8 +198,25 @@ class Built:
         return None if self.config.teacher is None else self.config.teacher.signal_window
 
 
+def serve(values: dict[str, Any]) -> Any:
+    """Build a teacher's own side of a run and let it do what the student asks for; the side, when that has ended."""
+    from megakd.common.watchdog import Watchdog
+    from megakd.config.schema import Config
+    from megakd.platform import build_platform
+    from megakd.training.teacher_side import TeacherSide
+    from tests.workers import joint
+
+    config = Config.model_validate(values)
+    shared = joint()
+    watchdog = Watchdog(Path(config.run.output_dir), shared.rank, None)
+    side = TeacherSide(config, build_platform(), watchdog, shared)
+    side.serve()
+    return side
+
+
 def build(values: dict[str, Any]) -> Built:
-    """What the loop builds from a configuration; inside a gloo worker, collective."""
+    """What the loop builds from a configuration; inside a gloo worker, collective over the student's side."""
+    from megakd.config.layouts import teacher_is_dedicated
     from megakd.config.schema import Config
     from megakd.parallel.random_state import seed_megatron
     from megakd.platform import build_platform
@@ -209,11 +226,13 @@ def build(values: dict[str, Any]) -> Built:
         build_adam,
         build_cached_teacher,
         build_meshes,
+        build_remote_teacher,
         build_student,
         build_teacher,
     )
     from megakd.training.objective import Objective
     from megakd.training.train_data import open_train_data
+    from tests.workers import joint
 
     config, platform = Config.model_validate(values), build_platform()
     mesh, teacher_mesh = build_meshes(config)
@@ -223,5 +242,7 @@ def build(values: dict[str, Any]) -> Built:
     teacher: Any = build_cached_teacher(config, open_train_data(config))
     if teacher_mesh is not None:
         teacher = build_teacher(config, teacher_mesh, mesh, "local")
+    elif teacher_is_dedicated(config):
+        teacher = build_remote_teacher(config, joint(), mesh)
     objective = Objective(config.distill, shared_vocab_size(config), mesh.groups.tp, student.sequence_parallel)
     return Built(config, platform, mesh, student, optimizer, teacher, objective)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests import workers
 from tests.training.runs import layout, learnable_tokens, run_values, save_llama, write_tokens
 
 SEQUENCE, VOCAB = 16, 300
@@ -21,6 +23,13 @@ def teacher(tp: int | None = None, pp: int | None = None, **settings: Any) -> di
 
 
 CUT = {"parallel__sequence_parallel": True}
+
+
+def dedicated(ranks: int, **settings: Any) -> dict[str, Any]:
+    """Settings of a teacher on ranks of its own."""
+    return {"teacher__placement": "dedicated", "teacher__ranks": ranks, **settings}
+
+
 # world size, the student's settings, the teacher's
 CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "tp2_pp2_from_tp1_pp4": (4, layout(2, 2), teacher(1, 4)),
@@ -41,6 +50,17 @@ CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     ),
     "offloaded": (4, layout(2, 2), teacher(4, 1) | {"teacher__offload": "cpu"}),
     "micro_batch_alone": (1, layout(), teacher(micro_batch_size=4)),
+    "2_and_2": (4, layout(2, 1), teacher(1, 2) | dedicated(2)),
+    "2_and_2_cut": (4, layout(2, 1, **CUT), teacher(2, 1, sequence_parallel=True) | dedicated(2)),
+    "2_and_2_student_cut": (4, layout(2, 1, **CUT), teacher(2, 1, sequence_parallel=False) | dedicated(2)),
+    "2_and_2_in_windows": (
+        4, layout(1, 2), teacher(1, 1) | dedicated(2, teacher__signal_window=2, teacher__prefetch_steps=2),
+    ),
+    "2_and_2_micro_batch_4": (4, layout(1, 1), teacher(1, 1, micro_batch_size=4) | dedicated(2)),
+    "2_and_1": (3, layout(1, 2), teacher(1, 1, micro_batch_size=1) | dedicated(1, teacher__prefetch_steps=0)),
+    "2_and_1_windows_of_1": (3, layout(2, 1), teacher(1, 1) | dedicated(1, teacher__signal_window=1)),
+    "1_and_2": (3, layout(1, 1), teacher(2, 1) | dedicated(2)),
+    "1_and_2_teacher_cut": (3, layout(1, 1), teacher(2, 1, sequence_parallel=True) | dedicated(2)),
 }  # fmt: skip
 
 
@@ -62,12 +82,35 @@ def values_of(files: Path, student: str = "student", teacher: str = "teacher", *
     return values
 
 
-def first_step(values: dict[str, Any]) -> tuple[list[float], dict[str, torch.Tensor]]:
+@contextmanager
+def _student_side(values: dict[str, Any], steps: int) -> Iterator[Any]:
+    """The student's objects; None on ranks that are the teacher's alone, when they have served it for its steps."""
+    from megakd.teacher.turns import Task
+    from tests.training.runs import build, serve
+
+    is_dedicated = values["teacher"].get("placement") == "dedicated"
+    if is_dedicated and workers.joint_rank_is_teacher():
+        serve(values)
+        yield None
+        return
+    built = build(values)
+    turns = built.teacher.turns if is_dedicated else None
+    if turns is not None:
+        turns.start(Task(0, steps))
+    yield built
+    if turns is not None:
+        turns.end()
+
+
+def first_step(values: dict[str, Any]) -> tuple[list[float], dict[str, torch.Tensor]] | None:
     """Sums of the first global batch and its gradients as full tensors, by Hugging Face name."""
     from tests.training.layout_run import gather_gradients
-    from tests.training.runs import build
 
-    built = build(values)
+    with _student_side(values, 1) as built:
+        return None if built is None else _first_step(built, gather_gradients)
+
+
+def _first_step(built: Any, gather_gradients: Callable[..., Any]) -> tuple[list[float], dict[str, torch.Tensor]]:
     batches = built.batches()
     try:
         sums = built.accumulate(batches.microbatches(0))
@@ -105,6 +148,7 @@ def on_one_rank(run_ranks: Callable[..., Any], files: Path) -> Callable[..., Any
         ("tp2_pp2_from_tp4_pp1", ("tied", "teacher")),
         ("tp2_pp2_from_tp1_pp4", ("student", "tied_teacher")),
         ("both_cut", ("tied", "tied_teacher")),
+        ("2_and_2_cut", ("tied", "tied_teacher")),
     ],
 )
 def test_loss_and_gradients_are_those_of_one_rank(run_ranks, files, on_one_rank, case, models):
@@ -113,8 +157,8 @@ def test_loss_and_gradients_are_those_of_one_rank(run_ranks, files, on_one_rank,
     for key, value in (student | of_teacher).items():
         section, name = key.split("__")
         values[section][name] = value
-    for found in run_ranks(ranks, first_step, values)[:1]:
-        assert_same(found, on_one_rank(*models))
+    found = run_ranks(ranks, first_step, values, teacher_ranks=values["teacher"].get("ranks", 0))
+    assert_same(found[0], on_one_rank(*models))
 
 
 def test_fifty_steps_give_one_curve(run_ranks, files):
@@ -128,10 +172,10 @@ def test_fifty_steps_give_one_curve(run_ranks, files):
     assert expected[-1] < 0.8 * expected[0]
 
 
-def losses_of(values: dict[str, Any]) -> list[float]:
-    from tests.training.runs import build
-
-    return build(values).train(0, values["schedule"]["train_steps"])
+def losses_of(values: dict[str, Any]) -> list[float] | None:
+    steps = values["schedule"]["train_steps"]
+    with _student_side(values, steps) as built:
+        return None if built is None else built.train(0, steps)
 
 
 def held_bytes(values: dict[str, Any]) -> int:

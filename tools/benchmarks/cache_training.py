@@ -47,5 +47,5 @@ def _student(folder: Path, name: str, settings: dict[str, Any], cache: Path | No
     distill(quickstart_config(folder, **settings, **teacher))
     resumed = config.checkpoint.model_copy(update={"resume": True})
     scores = evaluate_run(config.model_copy(update={"checkpoint": resumed}))
-    assert scores.kl_to_teacher is not None
+    assert scores is not None and scores.kl_to_teacher is not None
     return scores.kl_to_teacher

@@ -19,7 +19,7 @@ from megakd.models.gpt import build_gpt  # noqa: E402
 from megakd.parallel.mesh import GroupPool, ModelMesh, build_model_mesh  # noqa: E402
 from megakd.parallel.random_state import seed_megatron  # noqa: E402
 from megakd.platform import detect_accelerations, resolve_layer_spec  # noqa: E402
-from megakd.teacher import OnlineTeacher  # noqa: E402
+from megakd.teacher import OnlineTeacher, TeacherStage  # noqa: E402
 from megakd.training.build import Student, build_adam, wrap_data_parallel  # noqa: E402
 
 Batch = dict[str, torch.Tensor]
@@ -49,7 +49,7 @@ def build_pair(small: GPTArchitecture, large: GPTArchitecture, dtype: torch.dtyp
     assert guide.output_layer is not None
     head = guide.output_layer.weight.detach()
     guide.drop_head()
-    return Pair(mesh, student, optimizer, OnlineTeacher(guide, mesh, head))
+    return Pair(mesh, student, optimizer, OnlineTeacher(TeacherStage(guide, mesh), head))
 
 
 def random_batches(vocab: int, sequence: int, micro_batch: int, count: int = 1) -> list[Batch]:

@@ -1,0 +1,123 @@
+"""The teacher's own ranks through a run: the student's windows in their order, ahead of it, until it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from megakd.common.watchdog import Watchdog
+from megakd.config.layouts import (
+    student_ranks,
+    teacher_micro_batch_size,
+    teacher_parallel,
+    windows_per_step,
+)
+from megakd.config.schema import Config, EvaluationSection
+from megakd.config.wording import ranks_per_replica
+from megakd.data.batches import Batch, EvaluationBatches, TrainBatches
+from megakd.evaluation import EVALUATION_WINDOW
+from megakd.parallel.mesh import GroupPool
+from megakd.parallel.pieces import Window
+from megakd.parallel.random_state import seed_megatron
+from megakd.platform import Joint, Platform, communication_timeout, detect_accelerations, resolve_layer_spec
+from megakd.teacher.turns import Task
+from megakd.training.build import build_mesh, build_teacher_server
+from megakd.training.train_data import held_out_sources, open_held_out_data, open_train_data
+
+_Turn = tuple[Sequence[Batch], Window]
+
+
+def evaluates_after(step: int, steps: int, evaluation: EvaluationSection) -> bool:
+    """Whether a run of so many steps is measured after its step `step`, counted from 1."""
+    is_due = evaluation.interval is not None and step % evaluation.interval == 0
+    return is_due or (evaluation.at_end and step == steps)
+
+
+class TeacherSide:
+    """The objects of a teacher on ranks of its own. On each of them; all methods are collective over them."""
+
+    def __init__(self, config: Config, platform: Platform, watchdog: Watchdog, joint: Joint) -> None:
+        assert config.teacher is not None
+        self.config, self.platform, self.watchdog, self.joint = config, platform, watchdog, joint
+        layer_spec = resolve_layer_spec(config.run.layer_spec, detect_accelerations())
+        pool = GroupPool(communication_timeout(config.safeguards.hang_timeout_seconds))
+        self.mesh = build_mesh(teacher_parallel(config), pool)
+        seed_megatron(config.run.seed, self.mesh)  # megatron-core asks for its random state, dropout or not
+        self.server = build_teacher_server(config, joint, self.mesh, layer_spec)
+        self._data = open_train_data(config)
+        self._held_out = None
+        if held_out_sources(config, config.evaluation.split) is not None:
+            self._held_out = open_held_out_data(config, config.evaluation.split)
+        self._students = student_ranks(config, joint.size)
+
+    def serve(self) -> None:
+        """Compute what the student asks for, until it ends."""
+        self.watchdog.enter("waiting for the student", waits=True)
+        task = self.server.turns.task()
+        if task.evaluates_only:
+            self._serve(self._evaluation(), task.first_step)
+        else:
+            self._serve_steps(task)
+        self.watchdog.enter("waiting for the student to end", waits=True)
+        self.server.turns.leave()
+
+    def _serve_steps(self, task: Task) -> None:
+        evaluation, trains = self.config.evaluation, self.config.distill.kd_weight > 0
+        if evaluation.at_start and task.first_step == 0 and not self._serve(self._evaluation(), 0):
+            return
+        batches = TrainBatches(
+            self._data.samples,
+            self._data.order,
+            micro_batch_size=teacher_micro_batch_size(self.config),
+            global_batch_size=self.config.data.global_batch_size,
+            data_parallel_rank=self.mesh.dp_rank,
+            data_parallel_size=self.mesh.dp_size,
+            device=self.platform.device,
+        )
+        try:
+            for step in range(task.first_step, task.steps):
+                if trains:
+                    if not self._serve(self._training(batches.microbatches(step)), step + 1):
+                        return
+                    self.server.turns.step_done(step)
+                if evaluates_after(step + 1, task.steps, evaluation) and not self._serve(self._evaluation(), step + 1):
+                    return
+        finally:
+            batches.close()
+
+    def _serve(self, turns: Iterator[_Turn], step: int) -> bool:
+        """Compute and send windows; False where the student has ended."""
+        for microbatches, window in turns:
+            self.watchdog.enter("waiting for the student", step, waits=True)
+            if not self.server.may_compute(microbatches, window):
+                return False
+            self.watchdog.enter("computing the teacher", step)
+            self.server.compute(microbatches, window)
+        return True
+
+    def _training(self, microbatches: list[Batch]) -> Iterator[_Turn]:
+        """The windows of a step, from the teacher's own microbatches of it."""
+        data = self.config.data
+        count = windows_per_step(self.config, self._students)
+        each = len(microbatches) // count
+        window = Window(data.global_batch_size // count, data.sequence_length, self._data.samples.has_segments)
+        return ((microbatches[start : start + each], window) for start in range(0, len(microbatches), each))
+
+    def _evaluation(self) -> Iterator[_Turn]:
+        """The windows that the student goes through when it is measured."""
+        assert self._held_out is not None, "checked at the start"
+        config, samples = self.config, self._held_out.samples
+        own = EvaluationBatches(
+            samples,
+            self._held_out.ids,
+            micro_batch_size=teacher_micro_batch_size(config),
+            data_parallel_rank=self.mesh.dp_rank,
+            data_parallel_size=self.mesh.dp_size,
+            max_tokens=config.evaluation.max_tokens,
+            device=self.platform.device,
+        )
+        unit = config.data.micro_batch_size * (self._students // ranks_per_replica(config.parallel))
+        stop = -(-own.num_samples // unit) * unit
+        for first in range(0, stop, EVALUATION_WINDOW * unit):
+            last = min(first + EVALUATION_WINDOW * unit, stop)
+            window = Window(last - first, samples.sequence_length, samples.has_segments)
+            yield list(own.between(first, last)), window
