@@ -76,7 +76,8 @@ def _own_layout(config: Config, world_size: int) -> str:
         )
     if teacher_is_dedicated(config) and config.distill.kd_weight > 0:
         steps = prefetch_steps(config)
-        parts.append(f", up to {steps} steps ahead" if steps != 1 else ", up to 1 step ahead")
+        ahead = "1 step" if steps == 1 else f"{steps} steps"
+        parts.append(f", up to {ahead} ahead" if steps else ", never ahead of the student")
     if config.teacher.signal_window is not None:
         parts.append(f", windows of {config.teacher.signal_window} of the student's microbatches")
     if config.teacher.offload == "cpu":

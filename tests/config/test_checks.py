@@ -14,6 +14,7 @@ from tests.config.examples import ARCHITECTURE, config
 
 TP, PP, CP = "parallel__tensor_model_parallel_size", "parallel__pipeline_model_parallel_size", "context_parallel_size"
 FIRST, LAST = "parallel__num_layers_in_first_pipeline_stage", "parallel__num_layers_in_last_pipeline_stage"
+OWN_RANKS = {"teacher__placement": "dedicated", "teacher__ranks": 2}
 NEW = {"student": {"architecture": ARCHITECTURE}}
 TOKENS = {"schedule__train_steps": None, "schedule__train_tokens": 32 * 16 * 5 + 1}
 
@@ -154,6 +155,29 @@ REFUSED: list[tuple[str, dict[str, Any], tuple[int, ...], str]] = [
     ("world_size", {TP: 2, PP: 2}, (2,), "the run has 2 ranks; there must be a multiple of "
      "tensor_model_parallel_size 2 x pipeline_model_parallel_size 2 = 4, the ranks of one model replica. "
      "Start 4 ranks, or"),
+    ("world_size", {TP: 2, PP: 2, **OWN_RANKS}, (8,),
+     "the run has 8 ranks, of which teacher.ranks 2 are the teacher's and 6 the student's; the student's must be a "
+     "multiple of tensor_model_parallel_size 2 x pipeline_model_parallel_size 2 = 4, the ranks of one model replica. "
+     "Start 6 or 10 ranks, or change teacher.ranks or the parallel section."),
+    ("dedicated_ranks", {TP: 2, **OWN_RANKS}, (2,),
+     "teacher.ranks is 2 and the run has 2 ranks, which leaves 2 - 2 = 0 to the student; it needs a multiple of "
+     "tensor_model_parallel_size 2 x pipeline_model_parallel_size 1 = 2. Start 4 ranks (--nproc-per-node), or lower"),
+    ("teacher_placement", {"teacher__placement": "dedicated"}, (),
+     "teacher.placement is dedicated and teacher.ranks is null; it must say how many of the job's ranks are the"),
+    ("teacher_placement", {**OWN_RANKS, "teacher__offload": "cpu"}, (),
+     "teacher.offload is cpu and has no effect with teacher.placement dedicated, whose ranks have nothing else"),
+    ("teacher_placement", {"teacher__ranks": 2}, (),
+     "teacher.ranks is 2 and has no effect with teacher.placement colocated. Leave it out, or set teacher.placement"),
+    ("teacher_placement", {"teacher__prefetch_steps": 0}, (),
+     "teacher.prefetch_steps is 0 and has no effect with teacher.placement colocated."),
+    ("teacher_layout", {"teacher": {"path": "x", "source": "cache", "placement": "dedicated"}}, (),
+     "teacher.placement is given and has no effect on a cache (teacher.source), which is no model that runs."),
+    ("teacher_ranks", {**OWN_RANKS, "teacher__ranks": 3, "teacher__parallel": {"tensor_model_parallel_size": 2}}, (4,),
+     "teacher.ranks is 3; it must be a multiple of the teacher's tensor_model_parallel_size 2 x "
+     "pipeline_model_parallel_size 1 = 2 (teacher.parallel; what it leaves out is the student's). Use 2 or 4, or"),
+    ("teacher_ranks", {**OWN_RANKS, "teacher__ranks": 16}, (17,),
+     "the teacher goes through 16 samples at a time (8 microbatches of 2 on 1 of the student's data ranks); they must "
+     "be a multiple of teacher.parallel.micro_batch_size 2 x its data-parallel size 16 = 32."),
     ("global_batch", {TP: 2}, (6,),
      "data.global_batch_size is 16; it must be a multiple of data.micro_batch_size 2 x data-parallel size 3 = 6 "
      "(6 ranks / (tensor_model_parallel_size 2 x pipeline_model_parallel_size 1)). Use 12 or 18."),
@@ -211,6 +235,12 @@ ACCEPTED: list[tuple[str, dict[str, Any], tuple[int, ...]]] = [
     ("micro_batches", {"data__micro_batch_size": 16}, ()),
     ("world_size", {TP: 2, PP: 2}, (8,)),
     ("global_batch", {TP: 2}, (16,)),
+    ("world_size", {TP: 2, PP: 2, **OWN_RANKS, "teacher__parallel": {"pipeline_model_parallel_size": 1}}, (10,)),
+    ("dedicated_ranks", {TP: 2, **OWN_RANKS}, (4,)),
+    ("dedicated_ranks", {}, (1,)),
+    ("teacher_placement", {**OWN_RANKS, "teacher__prefetch_steps": 0}, ()),
+    ("teacher_placement", {}, ()),
+    ("teacher_ranks", {**OWN_RANKS, "teacher__parallel": {"pipeline_model_parallel_size": 2}}, (3,)),
     ("teacher_layout", {"teacher__parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True}}, ()),
     ("teacher_ranks", {"teacher__signal_window": 2, "teacher__parallel": {"pipeline_model_parallel_size": 2}}, (2,)),
 ]  # fmt: skip

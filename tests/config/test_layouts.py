@@ -42,3 +42,24 @@ def test_a_cache_is_written_in_the_teacher_s_layout():
     alone = layouts.with_teacher_alone(config(teacher__parallel={"tensor_model_parallel_size": 4}, **{TP: 2}))
     assert alone.parallel.tensor_model_parallel_size == 4
     assert not layouts.has_own_layout(alone)
+
+
+def test_a_teacher_on_ranks_of_its_own():
+    own = config(**{TP: 2}, teacher__placement="dedicated", teacher__ranks=3)
+    assert (layouts.student_ranks(own, 7), layouts.teacher_ranks(own, 7), layouts.least_ranks(own)) == (4, 3, 5)
+    assert layouts.has_own_layout(own)
+    alone = layouts.with_teacher_alone(own)
+    assert not layouts.teacher_is_dedicated(alone)
+    assert layouts.student_ranks(alone, 7) == layouts.teacher_ranks(alone, 7) == 7
+
+
+def test_the_least_ranks_hold_whole_replicas_of_both():
+    assert layouts.least_ranks(config(**{TP: 2}, teacher__parallel={"pipeline_model_parallel_size": 4})) == 8
+    assert layouts.least_ranks(config(**{TP: 3}, teacher__parallel={"tensor_model_parallel_size": 2})) == 6
+    assert layouts.least_ranks(config(**{TP: 3}, teacher={"path": "x", "source": "cache"})) == 3
+
+
+def test_windows_of_a_step():
+    assert layouts.windows_per_step(config(), 2) == 1
+    # 16 samples, microbatches of 2 on two data ranks: four microbatches.
+    assert layouts.windows_per_step(config(**{TP: 2}, teacher__signal_window=2), 4) == 2

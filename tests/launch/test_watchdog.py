@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 from pathlib import Path
@@ -91,3 +92,19 @@ def test_a_new_watchdog_forgets_the_last_hang(tmp_path: Path) -> None:
     save(tmp_path, hang(0, 7, 20), hang(1, 7, 20))
     Watchdog(tmp_path, 0, None)
     assert [found.rank for found in load_hangs(tmp_path)] == [1]
+
+
+def test_who_waits_for_others_ends_when_they_hang_and_is_named_last(tmp_path: Path, ended: list[int]) -> None:
+    save(tmp_path, hang(1, 3, 2))  # of an earlier attempt
+    old = time.time() - 100
+    os.utime(hang_file(tmp_path, 1), (old, old))
+    dog = Watchdog(tmp_path, 2, 0.2)
+    dog.enter("waiting for the student", 7, waits=True)
+    time.sleep(1.0)
+    assert ended == [], "it waits longer than the timeout"
+    save(tmp_path, hang(0, 9, 40))
+    wait_for(ended)
+    found = load_hangs(tmp_path)
+    assert [one.rank for one in found] == [1, 0, 2], "the one that waits comes last, whatever its step"
+    assert found[-1].phase == "waiting for the student"
+    dog.close()
