@@ -16,11 +16,11 @@ _NAMES = (
 
 @contextmanager
 def count_sent_bytes() -> Iterator[dict[str, float]]:
-    """Bytes that this rank sends inside: of collectives as a ring would, and of messages."""
+    """Bytes that this rank sends inside: of collectives as a ring would, of messages, and of those to another world."""
     import torch
     import torch.distributed as dist
 
-    sent = {"collectives": 0.0, "messages": 0.0}
+    sent = {"collectives": 0.0, "messages": 0.0, "between_worlds": 0.0}
 
     def ring(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def call(group: Any, *args: Any, **kwargs: Any) -> Any:
@@ -33,9 +33,9 @@ def count_sent_bytes() -> Iterator[dict[str, float]]:
 
         return call
 
-    def message(original: Callable[..., Any]) -> Callable[..., Any]:
+    def message(kind: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def call(group: Any, tensors: list[Any], *args: Any, **kwargs: Any) -> Any:
-            sent["messages"] += sum(tensor.nbytes for tensor in tensors)
+            sent[kind] += sum(tensor.nbytes for tensor in tensors)
             return original(group, tensors, *args, **kwargs)
 
         return call
@@ -43,5 +43,7 @@ def count_sent_bytes() -> Iterator[dict[str, float]]:
     with pytest.MonkeyPatch.context() as patch:
         for name in _NAMES:
             patch.setattr(dist.ProcessGroup, name, ring(name, getattr(dist.ProcessGroup, name)))
-        patch.setattr(dist.ProcessGroup, "send", message(dist.ProcessGroup.send))
+        patch.setattr(dist.ProcessGroup, "send", message("messages", dist.ProcessGroup.send))
+        # What joins two worlds is a backend as such.
+        patch.setattr(dist.ProcessGroupGloo, "send", message("between_worlds", dist.ProcessGroupGloo.send))
         yield sent

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from tests import workers
-from tests.training.runs import layout, learnable_tokens, run_values, save_llama, write_tokens
+from tests.training.interrupted import run_distill
+from tests.training.runs import layout, learnable_tokens, records, run_values, save_llama, write_tokens
 
 SEQUENCE, VOCAB = 16, 300
 EIGHT = {"num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4}
@@ -161,15 +162,43 @@ def test_loss_and_gradients_are_those_of_one_rank(run_ranks, files, on_one_rank,
     assert_same(found[0], on_one_rank(*models))
 
 
-def test_fifty_steps_give_one_curve(run_ranks, files):
-    def curve(ranks: int, **settings: Any) -> list[float]:
-        values = values_of(files, schedule__train_steps=50, **settings)
-        return run_ranks(ranks, losses_of, values)[0]
+FIFTY = ("micro_batch_4", "2_and_2_in_windows")
 
-    expected = curve(1)
-    found = curve(4, **layout(2, 2, **CUT), **teacher(1, 4, micro_batch_size=4), teacher__signal_window=4)
-    assert found == pytest.approx(expected, rel=1e-4)
-    assert expected[-1] < 0.8 * expected[0]
+
+@pytest.fixture(scope="module")
+def curve_of_one_rank(run_ranks, files):
+    """Losses of fifty steps on one rank, in the student's own layout."""
+    return run_ranks(1, losses_of, fifty_steps(files))[0]
+
+
+def fifty_steps(files: Path, **settings: Any) -> dict[str, Any]:
+    values = values_of(files, schedule__train_steps=50, **settings)
+    values["data"].update(train=str(files / "data"), global_batch_size=16)
+    return values
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[] if case in FIFTY else [pytest.mark.slow]) for case in CASES]
+)
+def test_fifty_steps_give_one_curve(run_ranks, files, curve_of_one_rank, case):
+    ranks, student, of_teacher = CASES[case]
+    values = fifty_steps(files, **student, **of_teacher)
+    found = run_ranks(ranks, losses_of, values, teacher_ranks=values["teacher"].get("ranks", 0))[0]
+    assert found == pytest.approx(curve_of_one_rank, rel=1e-4)
+    assert found[-1] < 0.8 * found[0]
+
+
+def test_held_out_samples_need_not_fill_the_teacher_s_microbatches(run_ranks, files, tmp_path):
+    """Five samples, of which a teacher on four data ranks goes through eight at a time."""
+    settings = {"data__valid_fraction": 0.08, "evaluation__at_end": True, "schedule__train_steps": 1}
+    lines = []
+    for ranks, placed in ((1, layout()), (4, layout(2, 2) | teacher(1, 1))):
+        out = tmp_path / str(ranks)
+        run_ranks(ranks, run_distill, values_of(files, run__output_dir=str(out / "run"), **settings, **placed))
+        lines += records(out, "evaluations.jsonl")
+    assert len(lines) == 2
+    assert lines[1] == pytest.approx(lines[0], rel=1e-4)
+    assert lines[0]["num_tokens"] == 5 * SEQUENCE
 
 
 def losses_of(values: dict[str, Any]) -> list[float] | None:
@@ -209,38 +238,52 @@ def test_a_window_bounds_what_is_held(run_ranks, files):
 
 
 @pytest.mark.parametrize("vocab", [1000, 128000])
-def test_states_travel_once_whatever_the_vocabulary(run_ranks, tmp_path, vocab):
+@pytest.mark.parametrize("own_ranks", [0, 2])
+def test_states_travel_once_whatever_the_vocabulary(run_ranks, tmp_path, vocab, own_ranks):
     for name, hidden in (("student", 32), ("teacher", 256)):
         save_llama(tmp_path / name, seed=1, vocab=vocab, hidden_size=hidden, **EIGHT)
     write_tokens(tmp_path / "data", learnable_tokens(64 * SEQUENCE + 1), vocab)
-    values = run_values(tmp_path, run__dtype="bf16", data__global_batch_size=16, **layout(2, 2))
-    values["teacher"]["parallel"] = {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 4}
-    sent = sum(run_ranks(4, crossing_bytes, values))
-    assert 0 < sent <= 1.05 * 2 * 256 * 16 * SEQUENCE
+    student = layout(2, 1) if own_ranks else layout(2, 2)
+    values = run_values(tmp_path, run__dtype="bf16", data__global_batch_size=16, **student)
+    values["teacher"]["parallel"] = {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": own_ranks or 4}
+    if own_ranks:
+        values["teacher"].update(placement="dedicated", ranks=own_ranks)
+    sent = run_ranks(4, crossing_bytes, values, teacher_ranks=own_ranks)
+    crossing, gathered = (sum(of_ranks) for of_ranks in zip(*sent, strict=True))
+    states = 2 * 256 * 16 * SEQUENCE
+    assert 0 < crossing <= 1.05 * states
+    # Beside it, inside the student's tensor group: either rank's half to the other.
+    assert gathered == states
 
 
-def crossing_bytes(values: dict[str, Any]) -> float:
-    """Bytes that this rank sends to regroup the samples and to carry the states of a step."""
+def crossing_bytes(values: dict[str, Any]) -> tuple[float, float]:
+    """Bytes of a step that this rank sends to bring states from mesh to mesh, and to the other tensor ranks then."""
     import megakd.teacher.online as online
+    from megakd.losses.inputs import LossInputs
+    from megakd.parallel.bridge import Bridge
+    from megakd.teacher import TeacherServer
     from tests.parallel.sent_bytes import count_sent_bytes
-    from tests.training.runs import build
 
-    built = build(values)
-    total = 0.0
+    totals = {"crossing": 0.0, "gathered": 0.0}
 
-    def counted(function):
+    def counted(owner: Any, name: str, total: str, *kinds: str) -> None:
+        function = getattr(owner, name)
+
         def call(*args, **kwargs):
-            nonlocal total
             with count_sent_bytes() as sent:
                 result = function(*args, **kwargs)
-            total += sum(sent.values())
+            totals[total] += sum(sent[kind] for kind in kinds)
             return result
 
-        return call
+        patch.setattr(owner, name, call)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(online, "regroup", counted(online.regroup))
-        crossing = built.teacher._crossing
-        patch.setattr(crossing.bridge, "carry", counted(crossing.bridge.carry))
-        built.train(0, 1)
-    return total
+        counted(online, "regroup", "crossing", "collectives", "messages")
+        counted(Bridge, "carry", "crossing", "collectives", "messages")
+        # Beside what its own pipeline passes on.
+        counted(TeacherServer, "compute", "crossing", "between_worlds")
+        counted(LossInputs, "rows", "gathered", "collectives", "messages")
+        with _student_side(values, 1) as built:
+            if built is not None:
+                built.train(0, 1)
+    return totals["crossing"], totals["gathered"]
