@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 
 from megakd.common.errors import UserError
+from megakd.config.layouts import least_ranks
 from megakd.config.load import load_config
-from megakd.config.schema import Config
 
 _SHAPES = Path(__file__).resolve().parents[2] / "configs" / "models"
 
@@ -19,7 +19,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("config", help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
     parser.add_argument("--cluster", required=True, metavar="NAME", help="a known cluster, a YAML file, or local")
-    parser.add_argument("--nnodes", type=int, default=None, help="nodes (default: those of one model replica)")
+    parser.add_argument("--nnodes", type=int, default=None, help="nodes (default: those of one replica of each model)")
     parser.add_argument("--nproc-per-node", type=int, default=None, help="ranks of a node (default: the cluster's)")
     parser.add_argument("--price-per-gpu-hour", type=float, default=None, metavar="USD", help="what a GPU costs you")
     parser.add_argument(
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     cluster = load_cluster(args.cluster, args.nproc_per_node)
     if args.price_per_gpu_hour is not None:
         cluster = cluster.model_copy(update={"price_per_gpu_hour": args.price_per_gpu_hour})
-    world_size = cluster.ranks_per_node * (args.nnodes or _nodes_of_a_replica(config, cluster.ranks_per_node))
+    world_size = cluster.ranks_per_node * (args.nnodes or -(-least_ranks(config) // cluster.ranks_per_node))
     config, lines = find_models(config, _SHAPES if args.models is None else args.models)
     if args.sweep:
         candidates, refused = sweep(config, world_size, cluster)
@@ -69,8 +69,3 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(f"--top is {args.top} and has no effect without --sweep. Leave it out, or add --sweep.")
     if args.models is not None and not args.models.is_dir():
         raise UserError(f"--models is {args.models}; it must be a folder of folders with a config.json each.")
-
-
-def _nodes_of_a_replica(config: Config, ranks_per_node: int) -> int:
-    parallel = config.parallel
-    return -(-parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size // ranks_per_node)

@@ -15,7 +15,7 @@ class StageFlops:
     Attributes:
         forward, backward: of the student's layers, recomputation included.
         loss: the products with both heads, gradients included.
-        teacher: of the teacher's layers, for one of its own microbatches.
+        teacher: of the teacher's layers on these ranks, for one of its own microbatches.
     """
 
     forward: float
@@ -56,7 +56,7 @@ def stage_flops(job: Job) -> list[StageFlops]:
                 forward=n * layers * layer,
                 backward=n * layers * (2 * layer + again),
                 loss=n * _loss_flops(job) if is_last else 0.0,
-                teacher=max(teachers[held] for held in job.teacher_stages(stage)) if teachers else 0.0,
+                teacher=max((teachers[held] for held in job.teacher_stages(stage)), default=0.0) if teachers else 0.0,
             )
         )
     return stages

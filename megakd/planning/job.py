@@ -9,7 +9,15 @@ from megakd.common.errors import UserError
 from megakd.config.architecture import GPTArchitecture
 from megakd.config.architecture_checks import check_architecture
 from megakd.config.checks import check_config
-from megakd.config.layouts import has_own_layout, teacher_micro_batch_size, teacher_parallel
+from megakd.config.layouts import (
+    has_own_layout,
+    prefetch_steps,
+    student_ranks,
+    teacher_is_dedicated,
+    teacher_micro_batch_size,
+    teacher_parallel,
+    teacher_ranks,
+)
 from megakd.config.schema import Config, ParallelSection
 from megakd.losses.chunking import chunk_rows
 from megakd.parameters.sharding import padded_vocab_size
@@ -68,6 +76,16 @@ class Job:
         return teacher is not None and teacher.offload == "cpu" and self.device_type == "cuda"
 
     @property
+    def is_dedicated(self) -> bool:
+        """Whether the teacher has ranks of its own, the job's last."""
+        return teacher_is_dedicated(self.config)
+
+    @property
+    def windows_ahead(self) -> int:
+        """Windows that a teacher on ranks of its own may be ahead of the student."""
+        return prefetch_steps(self.config) * self.num_windows if self.is_dedicated else 0
+
+    @property
     def sequence_length(self) -> int:
         """Positions of a sample."""
         return self.config.data.sequence_length
@@ -102,7 +120,8 @@ class Job:
 
     def teacher_stages(self, stage: int) -> list[int]:
         """The teacher's stages that ranks of one of the student's stages hold."""
-        assert self.teacher is not None
+        if self.teacher is None or self.is_dedicated:
+            return []
         mine, theirs = (m.layout.dp * m.layout.tp for m in (self.student, self.teacher))
         return sorted({rank // theirs for rank in range(stage * mine, (stage + 1) * mine)})
 
@@ -181,7 +200,7 @@ def build_job(config: Config, world_size: int, device_type: str) -> Job:
     element_size = _BYTES[config.run.dtype]
     student = Model(
         architecture,
-        _layout(parallel, world_size, architecture),
+        _layout(parallel, architecture, range(student_ranks(config, world_size))),
         padded_vocab_size(architecture.vocab_size, divisible_by),
         element_size,
         config.data.micro_batch_size,
@@ -191,9 +210,10 @@ def build_job(config: Config, world_size: int, device_type: str) -> Job:
         shape = teacher_architecture(config)
         own = teacher_parallel(config)
         check_architecture("teacher", shape, own, length, has_stage_split=False)
+        ranks = range(world_size - teacher_ranks(config, world_size), world_size)
         teacher = Model(
             shape,
-            _layout(own, world_size, shape),
+            _layout(own, shape, ranks),
             padded_vocab_size(shape.vocab_size, 128),
             _BYTES[config.teacher.dtype or config.run.dtype],
             teacher_micro_batch_size(config),
@@ -227,11 +247,12 @@ def with_settings(config: Config, settings: dict[str, object]) -> Config:
     return config
 
 
-def _layout(parallel: ParallelSection, world_size: int, architecture: GPTArchitecture) -> ModelLayout:
+def _layout(parallel: ParallelSection, architecture: GPTArchitecture, ranks: range) -> ModelLayout:
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     first, last = parallel.num_layers_in_first_pipeline_stage, parallel.num_layers_in_last_pipeline_stage
     layers = split_layers(architecture.num_layers, pp, first, last)
-    return ModelLayout(tp, pp, world_size // (tp * pp), parallel.sequence_parallel and tp > 1, layers)
+    is_cut = parallel.sequence_parallel and tp > 1
+    return ModelLayout(tp, pp, len(ranks) // (tp * pp), is_cut, layers, ranks.start)
 
 
 def _cached_bytes(config: Config) -> int:

@@ -11,6 +11,7 @@ class ModelLayout:
 
     Attributes:
         stage_layers: transformer layers of each pipeline stage.
+        first_rank: the job's rank that is the model's first.
     """
 
     tp: int
@@ -18,29 +19,43 @@ class ModelLayout:
     dp: int
     sequence_parallel: bool
     stage_layers: tuple[int, ...]
+    first_rank: int = 0
+
+    @property
+    def ranks(self) -> range:
+        """The job's ranks that hold the model."""
+        return range(self.first_rank, self.first_rank + self.tp * self.pp * self.dp)
 
     @property
     def sequence_shards(self) -> int:
         """Ranks that norms, residuals and stage boundaries are cut over."""
         return self.tp if self.sequence_parallel else 1
 
-    def tensor_group(self) -> list[int]:
-        """Ranks of the first tensor-parallel group; the others lie alike where TP divides a node's ranks."""
-        return list(range(self.tp))
+    def tensor_group(self, ranks_per_node: int) -> list[int]:
+        """Ranks of a tensor-parallel group, the first of those that lie on the most nodes."""
+        if ranks_per_node % self.tp == 0 and self.first_rank % self.tp == 0:
+            return list(self.ranks[: self.tp])  # none lies across nodes
+
+        def nodes(first: int) -> int:
+            return (first + self.tp - 1) // ranks_per_node - first // ranks_per_node
+
+        first = max(self.ranks[:: self.tp], key=nodes)
+        return list(range(first, first + self.tp))
 
     def data_groups(self, stage: int) -> list[list[int]]:
         """The groups of ranks of a stage that hold the same parameters."""
-        first = stage * self.dp * self.tp
+        first = self.first_rank + stage * self.dp * self.tp
         return [[first + replica * self.tp + t for replica in range(self.dp)] for t in range(self.tp)]
 
     def boundaries(self, stage: int) -> list[list[int]]:
         """The pairs of ranks that pass activations from `stage` to the next."""
         each = self.dp * self.tp
-        return [[stage * each + place, (stage + 1) * each + place] for place in range(each)]
+        first = self.first_rank + stage * each
+        return [[first + place, first + each + place] for place in range(each)]
 
     def ends(self) -> list[int]:
         """The ranks of a pipeline that hold a tied embedding: first and last stage."""
-        return [0, (self.pp - 1) * self.dp * self.tp]
+        return [self.first_rank, self.first_rank + (self.pp - 1) * self.dp * self.tp]
 
 
 def split_layers(num_layers: int, stages: int, first: int | None, last: int | None) -> tuple[int, ...]:

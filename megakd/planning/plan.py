@@ -59,7 +59,7 @@ class Plan:
         if not self.job.config.checkpoint.async_save:
             return 0.0
         most = max(checkpoint_bytes(self.job, stage) for stage in range(len(self.memory)))
-        return most * min(self.cluster.ranks_per_node, self.job.world_size)
+        return most * min(self.cluster.ranks_per_node, len(self.job.student.layout.ranks))
 
     def to_dict(self) -> dict[str, Any]:
         """All figures, for programs: bytes, operations, seconds, US dollars."""
@@ -109,7 +109,7 @@ def teacher_layers(job: Job, stage: int) -> int:
     """The most layers of the teacher that a rank of one of the student's stages holds."""
     if job.teacher is None:
         return 0
-    return max(job.teacher.layout.stage_layers[held] for held in job.teacher_stages(stage))
+    return max((job.teacher.layout.stage_layers[held] for held in job.teacher_stages(stage)), default=0)
 
 
 def build_plan(job: Job, cluster: Cluster) -> Plan:

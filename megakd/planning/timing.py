@@ -117,7 +117,7 @@ def _stage_timing(job: Job, cluster: Cluster, stage: int, flops: StageFlops) -> 
         loss = _product_seconds(cluster, flops.loss, job.student.element_size)
         loss += _memory_seconds(cluster, _LOSS_PASSES * logits) + loss_transfer(job, cluster).seconds
     teachers = _teacher_stage_seconds(job, cluster)
-    teacher = max(teachers[held] for held in job.teacher_stages(stage)) if teachers else 0.0
+    teacher = max((teachers[held] for held in job.teacher_stages(stage)), default=0.0) if teachers else 0.0
     return StageTiming(forward, backward, loss, teacher)
 
 

@@ -83,13 +83,13 @@ def layer_transfer(job: Job, model: Model, cluster: Cluster, *, backward: bool) 
     """
     size = job.micro_tokens(model) * model.architecture.hidden_size * model.element_size
     rounds = 6 if backward and model.layout.sequence_parallel else 4
-    return gather(cluster, model.layout.tensor_group(), size).times(rounds)
+    return gather(cluster, model.layout.tensor_group(cluster.ranks_per_node), size).times(rounds)
 
 
 def embedding_transfer(job: Job, model: Model, cluster: Cluster, *, backward: bool) -> Transfer:
     """The first stage's embedding, of which every tensor rank holds a part, for one microbatch in one direction."""
     size = job.micro_tokens(model) * model.architecture.hidden_size * model.element_size
-    once = gather(cluster, model.layout.tensor_group(), size)
+    once = gather(cluster, model.layout.tensor_group(cluster.ranks_per_node), size)
     if model.layout.sequence_parallel:
         return once
     return NOTHING if backward else once.times(2)
@@ -104,7 +104,7 @@ def boundary_transfer(job: Job, model: Model, cluster: Cluster, stage: int) -> T
 def loss_transfer(job: Job, cluster: Cluster) -> Transfer:
     """The loss's collectives for one microbatch: hidden states, figures per row, the hidden state's gradient."""
     layout, n = job.student.layout, job.micro_tokens(job.student)
-    group = layout.tensor_group()
+    group = layout.tensor_group(cluster.ranks_per_node)
     chunks = -(-n // job.chunk)
     total = gather(cluster, group, 7 * 4 * n * layout.tp / chunks).times(chunks)
     gradient = gather(cluster, group, n * job.student.architecture.hidden_size * 4)

@@ -94,3 +94,12 @@ def test_bad_input_is_one_line(config, shapes, capsys, options, message):
     assert main(["plan", str(config), *models, *options]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_the_fewest_nodes_hold_a_replica_of_each_model(config, shapes, capsys):
+    command = ["plan", str(config), "--cluster", "h100", "--nproc-per-node", "4", "--models", str(shapes), "--json"]
+    assert main([*command, "teacher.placement=dedicated", "teacher.ranks=4"]) == 0
+    assert json.loads(capsys.readouterr().out)["ranks"] == 8
+    # Both models on the same ranks: the wider one counts.
+    assert main([*command, "teacher.parallel.pipeline_model_parallel_size=4"]) == 0
+    assert json.loads(capsys.readouterr().out)["ranks"] == 8
