@@ -73,11 +73,15 @@ class TeacherServer:
     def compute(self, microbatches: Sequence[Batch], window: Window) -> None:
         """Compute a window, and begin to send it."""
         while len(self._leaving) > self._lookahead:
-            _, works = self._leaving.popleft()  # the student has begun a later one
-            for work in works:
-                work.wait()
+            self._let_go()
         packed = self._bridge.pack(self._stage.run(microbatches), window)
         self._leaving.append((packed, [self._group.send([tensor], rank, 0) for rank, tensor in packed.items()]))
+
+    def _let_go(self) -> None:
+        """Wait until the oldest window is sent, whose student has begun a later one; no name here outlives the call."""
+        for work in self._leaving[0][1]:
+            work.wait()
+        self._leaving.popleft()
 
     @property
     def held_bytes(self) -> int:
