@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 from megakd.common.errors import UserError
 from megakd.planning.job import build_job, with_settings
-from megakd.planning.plan import GIB, Plan, build_plan
+from megakd.planning.plan import Plan, build_plan
 from megakd.planning.splits import best_split
+from megakd.planning.wording import settings_text, size_text
 
 # A proposal must be worth reading.
 _WORTHWHILE = 0.99
@@ -25,11 +26,11 @@ def _advice_on_memory(plan: Plan) -> Iterator[str]:
     for settings in _savers(plan):
         single = _changed(plan, settings)
         if single is not None and single.fits:
-            alone.append(f"  {_told(settings)}: {single.peak / GIB:.1f} GiB, a step takes {_longer(plan, single)}")
+            alone.append(f"  {settings_text(settings)}: {size_text(single.peak)}, a step takes {_longer(plan, single)}")
         if not reached.fits:
             both = _changed(reached, settings)
             if both is not None and both.peak < reached.peak * _WORTHWHILE:
-                needed.append(f"  {_told(settings)}: then {both.peak / GIB:.1f} GiB")
+                needed.append(f"  {settings_text(settings)}: then {size_text(both.peak)}")
                 reached = both
     if alone:
         yield "it fits with one of these:"
@@ -92,8 +93,8 @@ def _advice_on_split(plan: Plan) -> Iterator[str]:
     if (better.fits, is_shorter) == (True, True) or (better.fits and not plan.fits):
         stages = " ".join(map(str, better.job.student.layout.stage_layers))
         yield (
-            f"the stages are better balanced with {_told(split.settings())} (layers {stages}): a step takes "
-            f"{_longer(plan, better)}, {better.peak / GIB:.1f} GiB"
+            f"the stages are better balanced with {settings_text(split.settings())} (layers {stages}): a step takes "
+            f"{_longer(plan, better)}, {size_text(better.peak)}"
         )
 
 
@@ -104,11 +105,8 @@ def _advice_on_optimizer(plan: Plan) -> Iterator[str]:
         settings["optimizer.overlap_param_gather"] = True
     better = _changed(plan, settings)
     if better is not None and better.timing.seconds < plan.timing.seconds * _WORTHWHILE:
-        yield f"communication hides behind computing with {_told(settings)}: a step takes {_longer(plan, better)}"
-
-
-def _told(settings: dict[str, object]) -> str:
-    return " ".join(f"{key}={'null' if value is None else str(value).lower()}" for key, value in settings.items())
+        told = settings_text(settings)
+        yield f"communication hides behind computing with {told}: a step takes {_longer(plan, better)}"
 
 
 def _longer(plan: Plan, other: Plan) -> str:

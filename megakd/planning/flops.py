@@ -62,6 +62,14 @@ def stage_flops(job: Job) -> list[StageFlops]:
     return stages
 
 
+def dedicated_flops(job: Job) -> list[StageFlops]:
+    """The operations of each of the teacher's stages where it has ranks of its own."""
+    if job.teacher is None or not job.is_dedicated:
+        return []
+    counts = teacher_flops(job) or [0.0] * job.teacher.layout.pp
+    return [StageFlops(0.0, 0.0, 0.0, flops) for flops in counts]
+
+
 def teacher_flops(job: Job) -> list[float]:
     """Operations of a rank of each of the teacher's stages for one of its microbatches; none where it does not run."""
     if job.teacher is None or not job.is_dense:

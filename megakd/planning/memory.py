@@ -1,4 +1,7 @@
-"""Bytes of tensors that a rank of each stage holds: what stays for the whole run, and the worst moment of a step."""
+"""Bytes of tensors that a rank of each stage holds: what stays for the whole run, and the worst moment of a step.
+
+Stages are the student's; those of a teacher on ranks of its own are in `teacher_memory.py`.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from megakd.planning.activations import (
 from megakd.planning.job import Job, Model
 from megakd.planning.stages import StageParameters, stage_parameters
 
-_BATCH_BYTES = 3 * 8 + 4  # tokens, labels and positions, and the mask
+BATCH_BYTES = 3 * 8 + 4  # tokens, labels and positions, and the mask
 
 
 @dataclass(frozen=True)
@@ -54,12 +57,15 @@ def stage_memory(job: Job) -> list[StageMemory]:
     teachers = [] if job.teacher is None else stage_parameters(job.teacher, has_head=False)
     stages = []
     for stage, parameters in enumerate(students):
-        held = [] if job.teacher is None else [teachers[number] for number in job.teacher_stages(stage)]
+        held = [teachers[number] for number in job.teacher_stages(stage)]
         teacher = max(held, key=lambda parameters: parameters.count, default=None)
         resident = _resident(job, stage, parameters, teacher)
         moments = _student_moments(job, stage, parameters) | {"optimizer": _optimizer_moment(job, stage, parameters)}
         if job.teacher is not None and teacher is not None:
             moments["teacher"] = _teacher_moment(job, job.teacher, stage, teacher)
+        if job.is_dedicated:
+            # What was received for a window, and the microbatches that it is unpacked to.
+            moments["receiving"] = {"signals": _signals(job, stage), "received": _signals(job, stage)}
         stages.append(StageMemory(parameters.count, _teacher_count(job, stage, teacher), resident, moments))
     return stages
 
@@ -75,7 +81,8 @@ def _is_last(job: Job, stage: int) -> bool:
 
 
 def _teacher_count(job: Job, stage: int, teacher: StageParameters | None) -> int:
-    return 0 if teacher is None else teacher.count + _teacher_head(job, stage)
+    """Elements of the teacher on a rank: the layers that are there, and the head that the loss needs."""
+    return (0 if teacher is None else teacher.count) + _teacher_head(job, stage)
 
 
 def _teacher_head(job: Job, stage: int) -> int:
@@ -99,12 +106,13 @@ def _resident(job: Job, stage: int, parameters: StageParameters, teacher: StageP
         "gradients": parameters.count * 4,
         "optimizer": _optimizer_bytes(job, parameters.count),
     }
-    if job.teacher is not None and teacher is not None:
+    if job.teacher is not None:
         # Parked weights are on the device while the teacher runs; its head stays.
         count = _teacher_head(job, stage) if job.parks_teacher else _teacher_count(job, stage, teacher)
         resident["teacher"] = count * job.teacher.element_size
-    resident["batches"] = 2 * job.num_microbatches * job.micro_tokens(job.student) * (_BATCH_BYTES + job.signal_bytes)
-    gathered = [m for m in (student, job.teacher) if m is not None and m.layout.sequence_parallel]
+    resident["batches"] = 2 * job.num_microbatches * job.micro_tokens(job.student) * (BATCH_BYTES + job.signal_bytes)
+    here = (student, None if job.is_dedicated else job.teacher)
+    gathered = [m for m in here if m is not None and m.layout.sequence_parallel]
     if gathered:
         # megatron-core keeps one buffer for sequences put together, the widest that was asked for.
         resident["gathered sequences"] = max(

@@ -6,22 +6,30 @@ from dataclasses import dataclass
 from typing import Any
 
 from megakd.planning.clusters import Cluster
-from megakd.planning.flops import StageFlops, stage_flops
+from megakd.planning.flops import StageFlops, dedicated_flops, stage_flops
 from megakd.planning.job import Job
 from megakd.planning.memory import StageMemory, checkpoint_bytes, stage_memory
-from megakd.planning.timing import StepTiming, step_timing
-
-GIB = 2.0**30
+from megakd.planning.teacher_memory import teacher_memory
+from megakd.planning.timing import StageTiming, StepTiming, step_timing
+from megakd.planning.windows import WindowCost, window_cost
+from megakd.planning.wording import GIB
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Memory of each pipeline stage's ranks, and a step's operations, traffic and time."""
+    """Memory of each pipeline stage's ranks, and a step's operations, traffic and time.
+
+    Attributes:
+        memory: of the student's stages, with what they hold of a teacher on the same ranks.
+        teacher_memory, teacher_flops: of the stages of a teacher on ranks of its own.
+    """
 
     job: Job
     cluster: Cluster
     memory: list[StageMemory]
+    teacher_memory: list[StageMemory]
     flops: list[StageFlops]
+    teacher_flops: list[StageFlops]
     timing: StepTiming
 
     @property
@@ -37,12 +45,17 @@ class Plan:
     @property
     def peak(self) -> float:
         """Bytes of the rank that needs most."""
-        return max(stage.peak for stage in self.memory)
+        return max(stage.peak for stage in (*self.memory, *self.teacher_memory))
 
     @property
     def fits(self) -> bool:
         """Whether every rank's tensors fit its memory."""
         return self.peak <= self.capacity
+
+    @property
+    def window_cost(self) -> WindowCost:
+        """What the teacher's windows cost of a step's time."""
+        return window_cost(self.job, self.cluster, self.timing)
 
     @property
     def tokens_per_second(self) -> float:
@@ -67,6 +80,8 @@ class Plan:
         return {
             "cluster": self.cluster.model_dump(),
             "ranks": self.job.world_size,
+            "student_ranks": len(self.job.student.layout.ranks),
+            "teacher_ranks": 0 if self.job.teacher is None else len(self.job.teacher.layout.ranks),
             "nodes": self.num_nodes,
             "fits": self.fits,
             "capacity_bytes": self.capacity,
@@ -75,27 +90,31 @@ class Plan:
                 {
                     "student_layers": self.job.student.layout.stage_layers[index],
                     "teacher_layers": teacher_layers(self.job, index),
-                    "parameters": stage.parameters,
-                    "teacher_parameters": stage.teacher_parameters,
-                    "peak_bytes": stage.peak,
-                    "worst_moment": stage.worst,
-                    "parts_bytes": stage.parts,
-                    "flops_per_microbatch": vars(flops),
-                    "seconds_per_microbatch": vars(seconds),
+                    **_stage_figures(stage, self.flops[index], timing.stages[index]),
                 }
-                for index, (stage, flops, seconds) in enumerate(
-                    zip(self.memory, self.flops, timing.stages, strict=True)
-                )
+                for index, stage in enumerate(self.memory)
+            ],
+            "teacher_stages": [
+                {
+                    "teacher_layers": layers,
+                    **_stage_figures(stage, self.teacher_flops[index], timing.teacher_stages[index]),
+                }
+                for index, (layers, stage) in enumerate(dedicated_layers(self))
             ],
             "microbatches": self.job.num_microbatches,
             "transfers": {name: vars(transfer) for name, transfer in timing.transfers.items()},
             "step": {
                 "seconds": timing.seconds,
                 "teacher_seconds": timing.teacher,
+                "crossing_seconds": timing.crossing,
                 "student_seconds": timing.student,
                 "bubble_seconds": timing.bubble,
                 "exposed_communication_seconds": timing.exposed,
                 "optimizer_seconds": timing.optimizer,
+                "student_waits_seconds": timing.student_waits,
+                "teacher_waits_seconds": timing.teacher_waits,
+                "windows": self.job.num_windows,
+                "windows_cost_seconds": vars(self.window_cost),
                 "tokens": self.job.step_tokens,
                 "tokens_per_second": self.tokens_per_second,
                 "mfu": timing.mfu,
@@ -112,6 +131,32 @@ def teacher_layers(job: Job, stage: int) -> int:
     return max((job.teacher.layout.stage_layers[held] for held in job.teacher_stages(stage)), default=0)
 
 
+def dedicated_layers(plan: Plan) -> list[tuple[int, StageMemory]]:
+    """Layers and memory of each stage of a teacher on ranks of its own."""
+    layers = () if plan.job.teacher is None else plan.job.teacher.layout.stage_layers
+    return list(zip(layers, plan.teacher_memory, strict=False))
+
+
+def _stage_figures(memory: StageMemory, flops: StageFlops, seconds: StageTiming) -> dict[str, Any]:
+    return {
+        "parameters": memory.parameters,
+        "teacher_parameters": memory.teacher_parameters,
+        "peak_bytes": memory.peak,
+        "worst_moment": memory.worst,
+        "parts_bytes": memory.parts,
+        "flops_per_microbatch": vars(flops),
+        "seconds_per_microbatch": vars(seconds),
+    }
+
+
 def build_plan(job: Job, cluster: Cluster) -> Plan:
     """Work out a run's memory, traffic and time on a cluster."""
-    return Plan(job, cluster, stage_memory(job), stage_flops(job), step_timing(job, cluster))
+    return Plan(
+        job=job,
+        cluster=cluster,
+        memory=stage_memory(job),
+        teacher_memory=teacher_memory(job),
+        flops=stage_flops(job),
+        teacher_flops=dedicated_flops(job),
+        timing=step_timing(job, cluster),
+    )

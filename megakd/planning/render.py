@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from megakd.common.text_table import text_table
 from megakd.planning.advice import advise
 from megakd.planning.job import Model
-from megakd.planning.plan import GIB, Plan, teacher_layers
+from megakd.planning.memory import StageMemory
+from megakd.planning.plan import Plan, dedicated_layers, teacher_layers
 from megakd.planning.sweep import Candidate
+from megakd.planning.wording import GIB, MIB, layout_text, settings_text, size_text
 
 
 def describe_plan(plan: Plan) -> Iterator[str]:
@@ -35,7 +37,7 @@ def describe_sweep(candidates: list[Candidate], refused: dict[str, str], top: in
         plan, layout = candidate.plan, candidate.plan.job.student.layout
         rows.append(
             [
-                f"TP {layout.tp} x PP {layout.pp} x DP {layout.dp}",
+                layout_text(layout),
                 _short(layout.stage_layers),
                 candidate.recompute,
                 f"{plan.peak / GIB:.1f}",
@@ -52,10 +54,7 @@ def describe_sweep(candidates: list[Candidate], refused: dict[str, str], top: in
         yield f"and {len(candidates) - top} more (--top)"
     if candidates and candidates[0].plan.fits:
         yield ""
-        yield "the first: " + " ".join(
-            f"{key}={'null' if value is None else str(value).lower()}"
-            for key, value in candidates[0].settings().items()
-        )
+        yield f"the first: {settings_text(candidates[0].settings())}"
     elif candidates:
         yield ""
         yield "no layout fits on these ranks; take more nodes, or the teacher from a cache (`./launch.sh cache`)"
@@ -74,17 +73,21 @@ def _short(layers: tuple[int, ...]) -> str:
 
 def _head(plan: Plan) -> Iterator[str]:
     job, cluster, layout = plan.job, plan.cluster, plan.job.student.layout
+    placing = ", ".join([layout_text(layout), *(["sequence parallel"] if layout.sequence_parallel else [])])
+    if job.is_dedicated and job.teacher is not None:
+        placing = (
+            f"the first {len(layout.ranks)} the student's ({placing}), {len(job.teacher.layout.ranks)} the teacher's"
+        )
     yield (
         f"{plan.num_nodes} node{'s' if plan.num_nodes > 1 else ''} of {cluster.ranks_per_node} x {cluster.device} "
-        f"({cluster.name}): {job.world_size} ranks, TP {layout.tp} x PP {layout.pp} x DP {layout.dp}"
-        f"{', sequence parallel' if layout.sequence_parallel else ''}"
+        f"({cluster.name}): {job.world_size} ranks, {placing}"
     )
     teacher = "no teacher beside it"
     if job.teacher is not None:
         teacher = f"teacher of {_count(job.teacher)} in {_dtype(job.teacher.element_size)}"
         if job.crosses:
             own = job.teacher.layout
-            teacher += f" on TP {own.tp} x PP {own.pp} x DP {own.dp}, microbatches of {job.teacher.micro_batch_size}"
+            teacher += f" on {layout_text(own)}, microbatches of {job.teacher.micro_batch_size}"
     data = job.config.data
     yield (
         f"student of {_count(job.student)} parameters in "
@@ -104,40 +107,52 @@ def _dtype(element_size: int) -> str:
 
 
 def _memory(plan: Plan) -> Iterator[str]:
-    parts = list(dict.fromkeys(name for stage in plan.memory for name in stage.parts))
-    unit, size_of_unit = ("GiB", GIB) if plan.peak >= GIB else ("MiB", 2.0**20)
-    rows = []
-    for index, stage in enumerate(plan.memory):
-        layers = str(plan.job.student.layout.stage_layers[index])
+    stages = [*plan.memory, *plan.teacher_memory]
+    parts = list(dict.fromkeys(name for stage in stages for name in stage.parts))
+    unit, size_of_unit = ("GiB", GIB) if plan.peak >= GIB else ("MiB", MIB)
+
+    def row(name: str, stage: StageMemory, student_layers: int, teacher_layers: int) -> list[str]:
+        layers, parameters = str(student_layers), f"{stage.parameters / 1e6:,.1f}"
         if plan.job.teacher is not None:
-            layers += f"+{teacher_layers(plan.job, index)}"
-        parameters = f"{stage.parameters / 1e6:,.1f}"
-        if plan.job.teacher is not None:
+            layers += f"+{teacher_layers}"
             parameters += f"+{stage.teacher_parameters / 1e6:,.1f}"
         sizes = [f"{stage.parts.get(name, 0) / size_of_unit:.2f}" for name in parts]
-        rows.append([str(index), layers, parameters, *sizes, f"{stage.peak / size_of_unit:.2f}", stage.worst])
+        return [name, layers, parameters, *sizes, f"{stage.peak / size_of_unit:.2f}", stage.worst]
+
+    rows = [
+        row(str(index), stage, plan.job.student.layout.stage_layers[index], teacher_layers(plan.job, index))
+        for index, stage in enumerate(plan.memory)
+    ]
+    rows += [row(f"teacher {index}", stage, 0, layers) for index, (layers, stage) in enumerate(dedicated_layers(plan))]
     both = "" if plan.job.teacher is None else ": student+teacher"
     yield f"{unit} of a rank at the worst moment of a step, by pipeline stage (layers and 1e6 parameters{both})"
     yield from text_table(["stage", "layers", "parameters", *parts, "peak", "moment"], rows)
     verdict = "fits" if plan.fits else "DOES NOT FIT"
     yield (
-        f"{verdict}: at most {_bytes(plan.peak)} of {plan.capacity / GIB:.1f} GiB "
+        f"{verdict}: at most {size_text(plan.peak)} of {plan.capacity / GIB:.1f} GiB "
         f"({plan.cluster.memory_gib:.1f} less {plan.cluster.reserved_gib:.1f} for driver, NCCL and allocator)"
     )
     copy = plan.node_copy_bytes()
     if copy:
-        yield f"a checkpoint in the making takes up to {_bytes(copy)} of a node's main memory (checkpoint.async_save)"
+        copied = f"{size_text(copy)} of a node's main memory"
+        yield f"a checkpoint in the making takes up to {copied} (checkpoint.async_save)"
 
 
 def _operations(plan: Plan) -> Iterator[str]:
-    rows = []
-    for index, (flops, seconds) in enumerate(zip(plan.flops, plan.timing.stages, strict=True)):
-        row = [str(index)]
-        row += [f"{getattr(flops, part) / 1e12:.3g}" for part in ("teacher", "forward", "loss", "backward")]
-        row += [f"{getattr(seconds, part) * 1e3:.3g}" for part in ("teacher", "forward", "loss", "backward")]
-        rows.append(row)
-    yield "TFLOP and estimated milliseconds of a rank for a microbatch"
     parts = ["teacher", "forward", "loss", "backward"]
+    timing = plan.timing
+    stages = [(str(index), *pair) for index, pair in enumerate(zip(plan.flops, timing.stages, strict=True))]
+    of_teacher = zip(plan.teacher_flops, timing.teacher_stages, strict=True)
+    stages += [(f"teacher {index}", *pair) for index, pair in enumerate(of_teacher)]
+    rows = [
+        [
+            name,
+            *(f"{getattr(flops, part) / 1e12:.3g}" for part in parts),
+            *(f"{getattr(seconds, part) * 1e3:.3g}" for part in parts),
+        ]
+        for name, flops, seconds in stages
+    ]
+    yield "TFLOP and estimated milliseconds of a rank for a microbatch"
     yield from text_table(["stage", *parts, *(f"{part}, ms" for part in parts)], rows)
 
 
@@ -146,24 +161,24 @@ def _transfers(plan: Plan) -> Iterator[str]:
         yield "a single rank sends nothing"
         return
     rows = [
-        [name, _bytes(t.link_bytes), _bytes(t.network_bytes), f"{t.calls:,.0f}", f"{t.seconds:.3g}"]
+        [name, size_text(t.link_bytes), size_text(t.network_bytes), f"{t.calls:,.0f}", f"{t.seconds:.3g}"]
         for name, t in plan.timing.transfers.items()
     ]
     yield "sent in a step by the rank that sends most for each purpose"
     yield from text_table(["", "within node", "over network", "calls", "seconds"], rows)
 
 
-def _bytes(size: float) -> str:
-    return "-" if size == 0 else f"{size / 2**20:,.1f} MiB" if size < GIB else f"{size / GIB:,.2f} GiB"
-
-
 def _step(plan: Plan) -> Iterator[str]:
     timing, job = plan.timing, plan.job
+    crossing = f"hidden states on their way {timing.crossing:.3g}, " if timing.crossing else ""
     yield (
-        f"a step is estimated at {timing.seconds:.3g} s: teacher {timing.teacher:.3g}, student {timing.student:.3g} "
+        f"a step is estimated at {timing.seconds:.3g} s: teacher {timing.teacher:.3g}"
+        f"{' beside the others' if timing.is_ahead else ''}, {crossing}student {timing.student:.3g} "
         f"(of which {timing.bubble:.3g} waiting in the pipeline), communication in the open {timing.exposed:.3g}, "
         f"optimizer {timing.optimizer:.3g}"
     )
+    yield from _waits(plan)
+    yield from _windows(plan)
     yield (
         f"{job.step_tokens:,} tokens per step, {plan.tokens_per_second:,.0f} per second, "
         f"{plan.tokens_per_second / job.world_size:,.0f} per second and rank; MFU {timing.mfu:.0%}"
@@ -182,4 +197,40 @@ def _step(plan: Plan) -> Iterator[str]:
     yield (
         f"assumed: products reach {plan.cluster.product_efficiency:.0%} of the peak, transfers "
         f"{plan.cluster.transfer_efficiency:.0%} of the bandwidth; evaluations, checkpoints and stalls are not counted"
+    )
+
+
+def _waits(plan: Plan) -> Iterator[str]:
+    """Which side of a run with a teacher on ranks of its own has to wait."""
+    timing, job = plan.timing, plan.job
+    if not timing.teacher_stages or not job.is_dense or job.teacher is None:
+        return
+    sides = (
+        ("student", timing.student_waits, job.student.layout, "teacher"),
+        ("teacher", timing.teacher_waits, job.teacher.layout, "student"),
+    )
+    waits = [
+        f"the {name}'s {len(layout.ranks)} ranks wait {seconds:.3g} s of it for the {other} "
+        f"({seconds / timing.seconds:.0%})"
+        for name, seconds, layout, other in sides
+        if seconds > 0
+    ]
+    if waits:
+        ahead = "" if timing.is_ahead else ", which is not ahead (teacher.prefetch_steps 0)"
+        yield f"{', '.join(waits)}{ahead}"
+
+
+def _windows(plan: Plan) -> Iterator[str]:
+    """What the teacher's windows cost."""
+    job, cost = plan.job, plan.window_cost
+    if job.num_windows == 1:
+        return
+    windows = f"{job.num_windows} windows of {job.window_microbatches} microbatches"
+    # Less than a thousandth is rounding.
+    if max(cost.step, cost.student, cost.teacher) < 1e-3 * plan.timing.seconds:
+        yield f"{windows} take no longer than one"
+        return
+    yield (
+        f"{windows} cost {cost.step:.3g} s of it more than one ({cost.step / plan.timing.seconds:.1%}): pipelines run "
+        f"empty after each, the student's {cost.student:.3g} s, the teacher's {cost.teacher:.3g} s"
     )

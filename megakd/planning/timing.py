@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from megakd.planning.activations import layer_bytes
 from megakd.planning.clusters import Cluster
+from megakd.planning.crossing import crossing_transfer
 from megakd.planning.flops import StageFlops, stage_flops, teacher_flops
 from megakd.planning.job import Job, Model
 from megakd.planning.schedule import forward_only, one_forward_one_backward
@@ -14,12 +15,12 @@ from megakd.planning.traffic import (
     NOTHING,
     Transfer,
     boundary_transfer,
-    crossing_transfer,
     embedding_transfer,
     gradient_transfer,
     layer_transfer,
     loss_transfer,
     slowest,
+    states_transfer,
 )
 from megakd.training.flops import step_flops
 
@@ -48,29 +49,61 @@ class StepTiming:
     """A step's seconds, by what they are spent on.
 
     Attributes:
+        stages: the student's, with the teacher's layers on the same ranks.
+        teacher_stages: those of a teacher on ranks of its own.
+        teacher: all of its forward passes, and the way of parked weights to the device.
+        crossing: hidden states on their way to the student, which waits for them.
         bubble: of the student's schedule, in which the slowest stage waits.
         exposed: communication of data ranks that nothing hides.
-        mfu: the operations that the models need, recomputation aside, per second, over the cluster's peak.
+        ideal: of the operations that the models need, recomputation aside, at the peak of all ranks.
         transfers: what the busiest rank sends in a step, by purpose.
+        is_ahead: the teacher computes while the student does.
     """
 
     stages: list[StageTiming]
+    teacher_stages: list[StageTiming]
     teacher: float
+    crossing: float
     student: float
     bubble: float
     exposed: float
     optimizer: float
-    mfu: float
+    ideal: float
     transfers: dict[str, Transfer]
+    is_ahead: bool
+
+    @property
+    def student_side(self) -> float:
+        """All that the student's ranks do in a step besides what the teacher does."""
+        return self.crossing + self.student + self.exposed + self.optimizer
 
     @property
     def seconds(self) -> float:
-        """The whole step."""
-        return self.teacher + self.student + self.exposed + self.optimizer
+        """The whole step; of two sides that work at a time, the slower one's."""
+        return max(self.teacher, self.student_side) if self.is_ahead else self.teacher + self.student_side
+
+    @property
+    def mfu(self) -> float:
+        """Part of the peak of all ranks that the models' operations make use of."""
+        return self.ideal / self.seconds
+
+    @property
+    def student_waits(self) -> float:
+        """Seconds in which ranks of the student's alone have nothing to do."""
+        return self.seconds - self.student_side if self.teacher_stages else 0.0
+
+    @property
+    def teacher_waits(self) -> float:
+        """Seconds in which ranks of the teacher's alone have nothing to do."""
+        return self.seconds - self.teacher if self.teacher_stages else 0.0
 
 
 def step_timing(job: Job, cluster: Cluster) -> StepTiming:
-    """Estimate a step: the teacher's window, the student's schedule, the reduction, the update."""
+    """Estimate a step: the teacher's window, its way, the student's schedule, the reduction, the update.
+
+    A teacher on ranks of its own computes while the student works on what it has, where it may be ahead. Hidden states
+    are received when the student asks for them, so that it waits for their way; the teacher goes on meanwhile.
+    """
     stages = stage_timings(job, cluster)
     count, layout = job.window_microbatches, job.student.layout
     passing = [boundary_transfer(job, job.student, cluster, stage).seconds for stage in range(layout.pp - 1)]
@@ -80,7 +113,6 @@ def step_timing(job: Job, cluster: Cluster) -> StepTiming:
     teacher = job.num_windows * _teacher_seconds(job, cluster)
     exposed = max(_exposed(job, cluster, stage, stages[stage]) for stage in range(layout.pp))
     optimizer = max(_optimizer_seconds(job, cluster, stage) for stage in range(layout.pp))
-    seconds = teacher + student + exposed + optimizer
     needed = step_flops(
         job.student.architecture,
         job.teacher.architecture if job.is_dense and job.teacher is not None else None,
@@ -89,14 +121,31 @@ def step_timing(job: Job, cluster: Cluster) -> StepTiming:
     )
     peak = cluster.tflops(job.student.element_size) * 1e12 * job.world_size
     return StepTiming(
-        stages, teacher, student, max(0.0, student - busiest), exposed, optimizer, needed / (seconds * peak),
-        _step_transfers(job, cluster),
-    )  # fmt: skip
+        stages=stages,
+        teacher_stages=_dedicated_timings(job, cluster),
+        teacher=teacher,
+        crossing=job.num_windows * crossing_transfer(job, cluster).seconds,
+        student=student,
+        bubble=max(0.0, student - busiest),
+        exposed=exposed,
+        optimizer=optimizer,
+        ideal=needed / peak,
+        transfers=_step_transfers(job, cluster),
+        is_ahead=job.windows_ahead > 0,
+    )
 
 
 def stage_timings(job: Job, cluster: Cluster) -> list[StageTiming]:
     """The seconds of each of the student's stages."""
     return [_stage_timing(job, cluster, stage, flops) for stage, flops in enumerate(stage_flops(job))]
+
+
+def _dedicated_timings(job: Job, cluster: Cluster) -> list[StageTiming]:
+    """Of each stage of a teacher on ranks of its own."""
+    if job.teacher is None or not job.is_dedicated:
+        return []
+    stages = _teacher_stage_seconds(job, cluster) or [0.0] * job.teacher.layout.pp
+    return [StageTiming(0.0, 0.0, 0.0, seconds) for seconds in stages]
 
 
 def _stage_timing(job: Job, cluster: Cluster, stage: int, flops: StageFlops) -> StageTiming:
@@ -116,6 +165,7 @@ def _stage_timing(job: Job, cluster: Cluster, stage: int, flops: StageFlops) -> 
         logits = models * job.micro_tokens(job.student) * job.head_vocab / job.student.layout.tp * 4
         loss = _product_seconds(cluster, flops.loss, job.student.element_size)
         loss += _memory_seconds(cluster, _LOSS_PASSES * logits) + loss_transfer(job, cluster).seconds
+        loss += states_transfer(job, cluster).seconds
     teachers = _teacher_stage_seconds(job, cluster)
     teacher = max((teachers[held] for held in job.teacher_stages(stage)), default=0.0) if teachers else 0.0
     return StageTiming(forward, backward, loss, teacher)
@@ -137,12 +187,12 @@ def _teacher_stage_seconds(job: Job, cluster: Cluster) -> list[float]:
 
 
 def _teacher_seconds(job: Job, cluster: Cluster) -> float:
-    """Of a window: the teacher's pipeline, the crossing, and the way of parked weights to the device."""
+    """Of a window: the teacher's pipeline, and the way of parked weights to the device."""
     stages = _teacher_stage_seconds(job, cluster)
     if job.teacher is None or not stages:
         return 0.0
     between = [boundary_transfer(job, job.teacher, cluster, stage).seconds for stage in range(len(stages) - 1)]
-    seconds = forward_only(stages, between, job.teacher_microbatches) + crossing_transfer(job, cluster).seconds
+    seconds = forward_only(stages, between, job.teacher_microbatches)
     if job.parks_teacher:
         largest = max(stage.count for stage in stage_parameters(job.teacher, has_head=False))
         seconds += largest * job.teacher.element_size / (_HOST_GB_PER_S * 1e9)
@@ -188,6 +238,7 @@ def _step_transfers(job: Job, cluster: Cluster) -> dict[str, Transfer]:
         first = first.plus(embedding_transfer(job, job.teacher, cluster, backward=False))
         transfers["teacher, tensor ranks"] = slowest([first, *others]).times(turns)
         transfers["teacher to student"] = crossing_transfer(job, cluster).times(job.num_windows)
+        transfers["teacher's states, student's tensor ranks"] = states_transfer(job, cluster).times(count)
     transfers["loss, tensor ranks"] = loss_transfer(job, cluster).times(count)
     if layout.pp > 1:
         worst = [boundary_transfer(job, job.student, cluster, stage) for stage in range(layout.pp - 1)]

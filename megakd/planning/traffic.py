@@ -59,16 +59,17 @@ def gather(cluster: Cluster, group: list[int], size: float) -> Transfer:
     local = max(1, members // nodes)
     network = size / local * (nodes - 1) / nodes if nodes > 1 else 0.0
     inside = size * (members - 1) / members - network
-    return _over(cluster, max(0.0, inside), network, hops=members - 1)
+    return over_links(cluster, max(0.0, inside), network, hops=members - 1)
 
 
 def send(cluster: Cluster, pair: list[int], size: float) -> Transfer:
     """A message of `size` bytes from one rank to another."""
     crosses = pair[0] // cluster.ranks_per_node != pair[1] // cluster.ranks_per_node
-    return _over(cluster, 0.0 if crosses else size, size if crosses else 0.0, hops=1)
+    return over_links(cluster, 0.0 if crosses else size, size if crosses else 0.0, hops=1)
 
 
-def _over(cluster: Cluster, link: float, network: float, hops: int) -> Transfer:
+def over_links(cluster: Cluster, link: float, network: float, *, hops: int) -> Transfer:
+    """What a rank sends at a time over both kinds of link, after so many hops' latency."""
     rate = cluster.transfer_efficiency * 1e9
     seconds = max(link / (cluster.link_gb_per_s * rate), network / (cluster.network_gb_per_s * rate))
     kind = NETWORK if network else LINK
@@ -102,39 +103,28 @@ def boundary_transfer(job: Job, model: Model, cluster: Cluster, stage: int) -> T
 
 
 def loss_transfer(job: Job, cluster: Cluster) -> Transfer:
-    """The loss's collectives for one microbatch: hidden states, figures per row, the hidden state's gradient."""
+    """The loss's collectives for one microbatch: the student's states, figures per row, the states' gradient."""
     layout, n = job.student.layout, job.micro_tokens(job.student)
     group = layout.tensor_group(cluster.ranks_per_node)
     chunks = -(-n // job.chunk)
     total = gather(cluster, group, 7 * 4 * n * layout.tp / chunks).times(chunks)
     gradient = gather(cluster, group, n * job.student.architecture.hidden_size * 4)
     total = total.plus(gradient if layout.sequence_parallel else gradient.times(2))
-    for model in (job.student, job.teacher if job.is_dense else None):
-        if model is not None and (model.layout.sequence_parallel or (model is job.teacher and job.crosses)):
-            total = total.plus(gather(cluster, group, n * model.architecture.hidden_size * model.element_size))
+    if layout.sequence_parallel:
+        total = total.plus(gather(cluster, group, n * job.student.architecture.hidden_size * job.student.element_size))
     return total
 
 
-def crossing_transfer(job: Job, cluster: Cluster) -> Transfer:
-    """A window's hidden states from the teacher's last stage to the student's: every state once.
+def states_transfer(job: Job, cluster: Cluster) -> Transfer:
+    """The teacher's states of a microbatch put together by the student's tensor ranks, each of which has a stretch.
 
-    The rank that sends most; over the network where the two stages do not share their nodes.
+    They come as stretches from another layout, and from a sequence-parallel teacher in the same one.
     """
-    if job.teacher is None or not job.crosses:
-        return NOTHING
     teacher = job.teacher
-    window = job.window_microbatches * job.micro_tokens(job.student) * job.student.layout.dp
-    size = window * teacher.architecture.hidden_size * teacher.element_size / (teacher.layout.dp * teacher.layout.tp)
-    ends = [model.layout.pp * model.layout.dp * model.layout.tp - 1 for model in (job.student, teacher)]
-    starts = [
-        end + 1 - model.layout.dp * model.layout.tp for end, model in zip(ends, (job.student, teacher), strict=True)
-    ]
-    nodes = [
-        set(range(a // cluster.ranks_per_node, b // cluster.ranks_per_node + 1))
-        for a, b in zip(starts, ends, strict=True)
-    ]
-    pair = [0, 0 if nodes[0] == nodes[1] else cluster.ranks_per_node]
-    return send(cluster, pair, size)
+    if teacher is None or not job.is_dense or not (job.crosses or teacher.layout.sequence_parallel):
+        return NOTHING
+    size = job.micro_tokens(job.student) * teacher.architecture.hidden_size * teacher.element_size
+    return gather(cluster, job.student.layout.tensor_group(cluster.ranks_per_node), size)
 
 
 def gradient_transfer(job: Job, cluster: Cluster, stage: int) -> tuple[Transfer, Transfer]:

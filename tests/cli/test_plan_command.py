@@ -103,3 +103,18 @@ def test_the_fewest_nodes_hold_a_replica_of_each_model(config, shapes, capsys):
     # Both models on the same ranks: the wider one counts.
     assert main([*command, "teacher.parallel.pipeline_model_parallel_size=4"]) == 0
     assert json.loads(capsys.readouterr().out)["ranks"] == 8
+
+
+def test_a_teacher_on_ranks_of_its_own_has_its_rows_and_its_waits(config, shapes, capsys):
+    command = ["plan", str(config), "--cluster", "h100", "--nproc-per-node", "4", "--models", str(shapes)]
+    placed = ["teacher.placement=dedicated", "teacher.ranks=4", "teacher.signal_window=2"]
+    assert main([*command, *placed]) == 0
+    text = capsys.readouterr().out
+    assert "8 ranks, the first 4 the student's (TP 2 x PP 2 x DP 1), 4 the teacher's" in text
+    assert text.count("\nteacher 0 ") == text.count("\nteacher 1 ") == 2
+    assert "4 windows of 2 microbatches cost" in text and "teacher's states, student's tensor ranks" in text
+    assert text.count("s of it for the") == 1 and "teacher's 4 ranks wait" in text
+    assert main([*command, *placed, "teacher.prefetch_steps=0"]) == 0
+    text = capsys.readouterr().out
+    assert "the student's 4 ranks wait" in text and "the teacher's 4 ranks wait" in text
+    assert "which is not ahead (teacher.prefetch_steps 0)" in text

@@ -12,6 +12,8 @@ import pytest
 from megakd.config.schema import Config
 from megakd.planning.job import build_job
 from megakd.planning.memory import stage_memory
+from megakd.planning.teacher_memory import teacher_memory
+from tests import workers
 from tests.planning.jobs import build_test_job
 from tests.training.runs import layout, run_values, save_llama, write_tokens
 
@@ -82,6 +84,64 @@ def test_the_peak_is_within_a_tenth_of_the_measured_one(run_ranks, files, case, 
         # Of a teacher in another layout, ranks of one stage hold different parts; the plan is for the fullest.
         if not job.crosses:
             assert stage.peak == pytest.approx(min(measured[number]), rel=0.1)
+
+
+def dedicated(ranks: int, tp: int, pp: int, **settings: Any) -> dict[str, Any]:
+    """Settings of a teacher on ranks of its own."""
+    parallel = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp}
+    return {"teacher__placement": "dedicated", "teacher__ranks": ranks, "teacher__parallel": parallel, **settings}
+
+
+DEDICATED: dict[str, tuple[int, dict[str, Any]]] = {
+    "two_and_two_stages": (4, layout(2, 1, parallel__sequence_parallel=True) | dedicated(2, 1, 2)),
+    "one_and_one_in_windows": (2, dedicated(1, 1, 1, teacher__signal_window=2, teacher__prefetch_steps=1)),
+    "two_stages_and_tensor_ranks": (4, layout(1, 2) | dedicated(2, 2, 1, teacher__prefetch_steps=0)),
+}
+
+
+def measured_peak_of_side(values: dict[str, Any]) -> tuple[bool, int, int]:
+    """Whether this rank is the teacher's, its stage, and most bytes of tensors alive: from its second step on."""
+    from megakd.common.watchdog import Watchdog
+    from megakd.platform import build_platform
+    from megakd.teacher.turns import Task
+    from megakd.training.teacher_side import TeacherSide
+    from tests.training.runs import build
+    from tools.benchmarks.live_bytes import LiveBytes
+
+    gc.collect()
+    with LiveBytes() as count:
+        if workers.joint_rank_is_teacher():
+            config, shared = Config.model_validate(values), workers.joint()
+            side = TeacherSide(
+                config, build_platform(), Watchdog(Path(config.run.output_dir), shared.rank, None), shared
+            )
+            count.reset_peak()
+            side.serve()
+            return True, side.mesh.pp_rank, count.peak
+        built = build(values)
+        turns = built.teacher.turns  # the student's first rank has them
+        if turns is not None:
+            turns.start(Task(0, 3))
+        built.train(0, 1)  # Adam's moments come into being
+        gc.collect()
+        count.reset_peak()
+        built.train(1, 3)
+        if turns is not None:
+            turns.end()
+    return False, built.mesh.pp_rank, count.peak
+
+
+@pytest.mark.parametrize("case", DEDICATED)
+def test_the_peak_of_either_side_is_within_a_tenth_of_the_measured_one(run_ranks, files, case):
+    ranks, settings = DEDICATED[case]
+    values = run_values(
+        files, data__sequence_length=128, data__micro_batch_size=2, data__global_batch_size=16, **settings
+    )
+    job = build_job(Config.model_validate(values), ranks, "cpu")
+    predicted = {False: stage_memory(job), True: teacher_memory(job)}
+    of_teacher = values["teacher"]["ranks"]
+    for is_teacher, stage, peak in run_ranks(ranks, measured_peak_of_side, values, teacher_ranks=of_teacher):
+        assert predicted[is_teacher][stage].peak == pytest.approx(peak, rel=0.1)
 
 
 def test_what_shards_and_saves_memory_does():

@@ -10,9 +10,10 @@ from megakd.common.errors import UserError
 from megakd.planning.advice import advise
 from megakd.planning.clusters import CLUSTERS, load_cluster
 from megakd.planning.job import build_job, with_settings
-from megakd.planning.plan import GIB, build_plan
+from megakd.planning.plan import build_plan
 from megakd.planning.splits import best_split, possible_splits
 from megakd.planning.sweep import sweep
+from megakd.planning.wording import GIB
 from tests.planning.jobs import CLUSTER, build_test_job
 
 LARGE = {
