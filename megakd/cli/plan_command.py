@@ -35,7 +35,8 @@ def run(args: argparse.Namespace) -> int:
     from megakd.planning.clusters import load_cluster
     from megakd.planning.job import build_job, find_models
     from megakd.planning.plan import build_plan
-    from megakd.planning.render import describe_plan, describe_sweep
+    from megakd.planning.render import describe_plan
+    from megakd.planning.render_sweep import describe_sweep
     from megakd.planning.sweep import sweep
 
     _check(args)

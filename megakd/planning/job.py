@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel
 
 from megakd.common.errors import UserError
 from megakd.config.architecture import GPTArchitecture
@@ -24,6 +27,7 @@ from megakd.parameters.sharding import padded_vocab_size
 from megakd.planning.layout import ModelLayout, split_layers
 from megakd.training.architectures import student_architecture, teacher_architecture
 
+_Section = TypeVar("_Section", bound=BaseModel)
 _BYTES = {"fp32": 4, "bf16": 2}
 
 
@@ -239,12 +243,16 @@ def build_job(config: Config, world_size: int, device_type: str) -> Job:
 
 
 def with_settings(config: Config, settings: dict[str, object]) -> Config:
-    """The same configuration with `section.key` settings replaced."""
+    """The same configuration with `section.key` settings replaced, also of sections within sections."""
     for name, value in settings.items():
-        section, key = name.split(".")
-        changed = getattr(config, section).model_copy(update={key: value})
-        config = config.model_copy(update={section: changed})
+        config = _with_setting(config, name, value)
     return config
+
+
+def _with_setting(section: _Section, name: str, value: object) -> _Section:
+    key, _, rest = name.partition(".")
+    changed = _with_setting(getattr(section, key), rest, value) if rest else value
+    return section.model_copy(update={key: changed})
 
 
 def _layout(parallel: ParallelSection, architecture: GPTArchitecture, ranks: range) -> ModelLayout:

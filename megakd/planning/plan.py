@@ -40,7 +40,7 @@ class Plan:
     @property
     def capacity(self) -> float:
         """Bytes of a rank's memory that tensors may take."""
-        return (self.cluster.memory_gib - self.cluster.reserved_gib) * GIB
+        return usable_bytes(self.cluster)
 
     @property
     def peak(self) -> float:
@@ -122,6 +122,11 @@ class Plan:
             "dollars_per_billion_tokens": self.price(1e9),
             "steps": self.job.num_steps(),
         }
+
+
+def usable_bytes(cluster: Cluster) -> float:
+    """Bytes of a rank's memory that tensors may take."""
+    return (cluster.memory_gib - cluster.reserved_gib) * GIB
 
 
 def teacher_layers(job: Job, stage: int) -> int:

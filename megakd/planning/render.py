@@ -1,4 +1,4 @@
-"""A plan and a sweep as text."""
+"""A plan as text."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from megakd.planning.advice import advise
 from megakd.planning.job import Model
 from megakd.planning.memory import StageMemory
 from megakd.planning.plan import Plan, dedicated_layers, teacher_layers
-from megakd.planning.sweep import Candidate
-from megakd.planning.wording import GIB, MIB, layout_text, settings_text, size_text
+from megakd.planning.wording import GIB, MIB, layout_text, size_text
 
 
 def describe_plan(plan: Plan) -> Iterator[str]:
@@ -28,47 +27,6 @@ def describe_plan(plan: Plan) -> Iterator[str]:
     if advice:
         yield ""
         yield from advice
-
-
-def describe_sweep(candidates: list[Candidate], refused: dict[str, str], top: int) -> Iterator[str]:
-    """A sweep's lines: the `top` fastest layouts, what to set for the first, and what was refused."""
-    rows = []
-    for candidate in candidates[:top]:
-        plan, layout = candidate.plan, candidate.plan.job.student.layout
-        rows.append(
-            [
-                layout_text(layout),
-                _short(layout.stage_layers),
-                candidate.recompute,
-                f"{plan.peak / GIB:.1f}",
-                "yes" if plan.fits else "no",
-                f"{plan.timing.seconds:.3g}",
-                f"{plan.timing.mfu:.0%}",
-                f"{plan.tokens_per_second / plan.job.world_size:,.0f}",
-            ]
-        )
-    yield from text_table(
-        ["layout", "student's layers", "recompute", "GiB", "fits", "step, s", "MFU", "tokens/s/rank"], rows
-    )
-    if len(candidates) > top:
-        yield f"and {len(candidates) - top} more (--top)"
-    if candidates and candidates[0].plan.fits:
-        yield ""
-        yield f"the first: {settings_text(candidates[0].settings())}"
-    elif candidates:
-        yield ""
-        yield "no layout fits on these ranks; take more nodes, or the teacher from a cache (`./launch.sh cache`)"
-    if refused:
-        yield ""
-        yield "not possible:"
-        yield from (f"  {name}: {reason}" for name, reason in refused.items())
-
-
-def _short(layers: tuple[int, ...]) -> str:
-    """Layers per stage, equal ones in the middle told once."""
-    if len(layers) > 4 and len(set(layers[1:-1])) == 1:
-        return f"{layers[0]} {len(layers) - 2}x{layers[1]} {layers[-1]}"
-    return " ".join(map(str, layers))
 
 
 def _head(plan: Plan) -> Iterator[str]:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 from megakd.common.errors import UserError
+from megakd.config.layouts import student_ranks, teacher_is_dedicated, teacher_ranks
 from megakd.config.schema import Config
+from megakd.config.teacher_checks import check_dedicated_ranks, check_teacher_placement
 from megakd.planning.clusters import Cluster
 from megakd.planning.job import build_job, with_settings
-from megakd.planning.plan import Plan
+from megakd.planning.plan import Plan, usable_bytes
 from megakd.planning.splits import Split, best_split, possible_splits
+from megakd.planning.teacher_memory import teacher_memory
+from megakd.planning.timing import teacher_side_seconds
 from megakd.training.architectures import student_architecture
 
 _RECOMPUTE = ("none", "selective", "full")
@@ -17,11 +22,16 @@ _RECOMPUTE = ("none", "selective", "full")
 
 @dataclass(frozen=True)
 class Candidate:
-    """A layout with the least recomputation that lets it fit, and its best split."""
+    """A layout with the least recomputation that lets it fit, and its best split.
+
+    Attributes:
+        teacher_settings: those of a teacher on ranks of its own.
+    """
 
     plan: Plan
     split: Split
     recompute: str
+    teacher_settings: dict[str, object] = field(default_factory=dict)
 
     def settings(self) -> dict[str, object]:
         """What to set for it."""
@@ -32,24 +42,38 @@ class Candidate:
             "parallel.sequence_parallel": layout.sequence_parallel,
             **self.split.settings(),
             "student.recompute_granularity": self.recompute,
+            **self.teacher_settings,
         }
 
 
 def sweep(config: Config, world_size: int, cluster: Cluster) -> tuple[list[Candidate], dict[str, str]]:
     """Candidates, those that fit before those that do not, by their step's time; and why the others are none.
 
-    Teacher and student share the layout but for what teacher.parallel sets. Tensor ranks stay within a node. The batch
-    sizes are the configuration's.
+    Teacher and student share the layout but for what teacher.parallel sets. On ranks of its own, whose number is the
+    configuration's, the teacher has its best layout for each of the student's. Tensor ranks stay within a node. The
+    batch sizes are the configuration's.
+
+    Raises:
+        UserError: no ranks are left to the student.
     """
     candidates, refused = [], {}
+    check_teacher_placement(config)
+    check_dedicated_ranks(config, world_size)
+    students = student_ranks(config, world_size)
     for tp in _divisors(cluster.ranks_per_node):
-        for pp in _divisors(world_size // tp if world_size % tp == 0 else 0):
+        for pp in _divisors(students // tp if students % tp == 0 else 0):
             try:
                 candidates.append(_candidate(config, world_size, cluster, tp, pp))
             except UserError as error:
                 refused[f"TP {tp} x PP {pp}"] = str(error)
-    candidates.sort(key=lambda c: (not c.plan.fits, c.plan.timing.seconds if c.plan.fits else c.plan.peak))
+    candidates.sort(key=_rank)
     return candidates, refused
+
+
+def _rank(candidate: Candidate) -> tuple[bool, float, float]:
+    """Those that fit come first, by the step's time; where a teacher of its own sets that, by the student's."""
+    plan = candidate.plan
+    return not plan.fits, plan.timing.seconds if plan.fits else plan.peak, plan.timing.student_side
 
 
 def _candidate(config: Config, world_size: int, cluster: Cluster, tp: int, pp: int) -> Candidate:
@@ -58,25 +82,64 @@ def _candidate(config: Config, world_size: int, cluster: Cluster, tp: int, pp: i
     some = next(possible_splits(num_layers, pp), None)
     if some is None:
         raise UserError(f"the student's {num_layers} layers do not spread over {pp} stages.")
+    config = with_settings(
+        config,
+        {
+            "parallel.tensor_model_parallel_size": tp,
+            "parallel.pipeline_model_parallel_size": pp,
+            "parallel.sequence_parallel": tp > 1,
+            **some.settings(),
+        },
+    )
+    of_teacher = _best_teacher(config, world_size, cluster) if teacher_is_dedicated(config) else {}
+    config = with_settings(config, of_teacher)
     found = None
     for recompute in _RECOMPUTE:
-        changed = with_settings(
-            config,
-            {
-                "parallel.tensor_model_parallel_size": tp,
-                "parallel.pipeline_model_parallel_size": pp,
-                "parallel.sequence_parallel": tp > 1,
-                **some.settings(),
-                "student.recompute_granularity": recompute,
-            },
-        )
+        changed = with_settings(config, {"student.recompute_granularity": recompute})
         best = best_split(build_job(changed, world_size, cluster.device_type), cluster)
         assert best is not None
-        found = Candidate(best[1], best[0], recompute)
+        found = Candidate(best[1], best[0], recompute, of_teacher)
         if found.plan.fits:
             break
     assert found is not None
     return found
+
+
+def _best_teacher(config: Config, world_size: int, cluster: Cluster) -> dict[str, object]:
+    """Settings of the fastest layout of a teacher's own ranks that fits them; of the leanest one where none does.
+
+    Raises:
+        UserError: of the first layout, where a rule forbids each.
+    """
+    capacity, errors = usable_bytes(cluster), []
+    found: list[tuple[tuple[bool, float], dict[str, object]]] = []
+    for settings in _teacher_settings(config, teacher_ranks(config, world_size), cluster):
+        try:
+            job = build_job(with_settings(config, settings), world_size, cluster.device_type)
+        except UserError as error:
+            errors.append(error)
+            continue
+        peak = max(stage.peak for stage in teacher_memory(job))
+        seconds = teacher_side_seconds(job, cluster)
+        found.append(((peak > capacity, seconds if peak <= capacity else peak), settings))
+    if not found:
+        raise errors[0]
+    return min(found, key=lambda pair: pair[0])[1]
+
+
+def _teacher_settings(config: Config, ranks: int, cluster: Cluster) -> Iterator[dict[str, object]]:
+    """Layouts of a teacher's own ranks; what the configuration sets is kept."""
+    assert config.teacher is not None
+    own, section = config.teacher.parallel, "teacher.parallel"
+    fixed_tp, fixed_pp = own.tensor_model_parallel_size, own.pipeline_model_parallel_size
+    for tp in _divisors(cluster.ranks_per_node) if fixed_tp is None else [fixed_tp]:
+        for pp in _divisors(ranks // tp if ranks % tp == 0 else 0) if fixed_pp is None else [fixed_pp]:
+            is_cut = tp > 1 if own.sequence_parallel is None else own.sequence_parallel
+            yield {
+                f"{section}.tensor_model_parallel_size": tp,
+                f"{section}.pipeline_model_parallel_size": pp,
+                f"{section}.sequence_parallel": is_cut,
+            }
 
 
 def _divisors(number: int) -> list[int]:

@@ -186,6 +186,11 @@ def _teacher_stage_seconds(job: Job, cluster: Cluster) -> list[float]:
     return stages
 
 
+def teacher_side_seconds(job: Job, cluster: Cluster) -> float:
+    """Of a step: the teacher's forward passes and the way of what comes of them."""
+    return job.num_windows * (_teacher_seconds(job, cluster) + crossing_transfer(job, cluster).seconds)
+
+
 def _teacher_seconds(job: Job, cluster: Cluster) -> float:
     """Of a window: the teacher's pipeline, and the way of parked weights to the device."""
     stages = _teacher_stage_seconds(job, cluster)

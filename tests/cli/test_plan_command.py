@@ -118,3 +118,21 @@ def test_a_teacher_on_ranks_of_its_own_has_its_rows_and_its_waits(config, shapes
     text = capsys.readouterr().out
     assert "the student's 4 ranks wait" in text and "the teacher's 4 ranks wait" in text
     assert "which is not ahead (teacher.prefetch_steps 0)" in text
+
+
+def test_a_sweep_says_once_why_layouts_are_not_possible(config, shapes, capsys):
+    command = ["plan", str(config), "--cluster", "h100", "--models", str(shapes), "--sweep"]
+    assert main([*command, "--nnodes", "4", "data.global_batch_size=3"]) == 1
+    text = capsys.readouterr().out
+    assert "no layout is possible on these ranks" in text and "MFU" not in text
+    lines = text[text.index("not possible:") :].splitlines()[1:]
+    assert len(lines) < 6 and any(" more: " in line for line in lines)
+    assert main([*command, "--nnodes", "2", "teacher.placement=dedicated", "teacher.ranks=8"]) == 0
+    text = capsys.readouterr().out
+    assert "teacher's layout" in text and " teacher.parallel.tensor_model_parallel_size=" in text
+
+
+def test_small_sizes_are_not_nothing(config, shapes, capsys):
+    command = ["plan", str(config), "--cluster", "h100", "--nproc-per-node", "4", "--models", str(shapes), "--sweep"]
+    assert main(command) == 0
+    assert " MiB " in capsys.readouterr().out

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 
+from megakd.common.errors import UserError
 from megakd.planning.crossing import crossing_transfer, sent_tokens
-from megakd.planning.job import Job
+from megakd.planning.job import Job, build_job, with_settings
 from megakd.planning.memory import stage_memory
 from megakd.planning.plan import build_plan
 from megakd.planning.stages import stage_parameters
+from megakd.planning.sweep import sweep
 from megakd.planning.teacher_memory import teacher_memory
 from megakd.planning.timing import step_timing
 from megakd.planning.windows import window_cost
@@ -229,3 +231,51 @@ def test_a_teacher_that_only_measures_has_ranks_and_no_time(teacher_path):
     figures = plan.to_dict()
     assert plan.timing.teacher == plan.timing.crossing == 0.0 and plan.timing.student_waits == 0.0
     assert figures["teacher_stages"][0]["flops_per_microbatch"]["teacher"] == 0.0
+
+
+def test_a_sweep_lays_each_side_over_its_ranks(teacher_path):
+    job = dedicated_job(teacher_path, 8, 4, teacher__parallel={})
+    candidates, refused = sweep(job.config, 8, CLUSTER)
+    sizes = [c.plan.job.student.layout for c in candidates]
+    assert {(layout.tp, layout.pp) for layout in sizes} == {(1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (4, 1)}
+    assert not refused and all(layout.tp * layout.pp * layout.dp == 4 for layout in sizes)
+    times = [c.plan.timing.seconds for c in candidates]
+    assert times == sorted(times)
+    for candidate in candidates:
+        # What a line says to set leads to that plan, and no other layout of the teacher to a faster one.
+        settings = candidate.settings()
+        again = build_plan(build_job(with_settings(job.config, settings), 8, "cuda"), CLUSTER)
+        assert again.to_dict() == candidate.plan.to_dict()
+        for tp, pp in ((1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (4, 1)):
+            section = "teacher.parallel"
+            other = {
+                f"{section}.tensor_model_parallel_size": tp, f"{section}.pipeline_model_parallel_size": pp,
+                f"{section}.sequence_parallel": tp > 1,
+            }  # fmt: skip
+            plan = build_plan(build_job(with_settings(job.config, settings | other), 8, "cuda"), CLUSTER)
+            ours = candidate.plan.timing
+            assert ours.teacher + ours.crossing <= 1.000001 * (plan.timing.teacher + plan.timing.crossing)
+
+
+def test_a_sweep_keeps_what_the_file_says_of_the_teacher(teacher_path):
+    job = dedicated_job(teacher_path, 8, 4, teacher__parallel={"pipeline_model_parallel_size": 2})
+    candidates, _ = sweep(job.config, 8, CLUSTER)
+    assert candidates
+    for candidate in candidates:
+        assert candidate.plan.job.teacher is not None and candidate.plan.job.teacher.layout.pp == 2
+
+
+def test_a_teacher_that_does_not_fit_one_rank_is_cut(teacher_path):
+    job = dedicated_job(teacher_path, 3, 2, teacher__parallel={})
+    assert job.teacher is not None
+    peak = teacher_memory(job)[0].peak
+    cluster = CLUSTER.model_copy(update={"memory_gib": 0.9 * peak / 2**30})
+    best = sweep(job.config, 3, cluster)[0][0].plan
+    assert best.job.teacher is not None and best.job.teacher.layout.dp == 1
+    assert max(stage.peak for stage in best.teacher_memory) < 0.9 * peak
+
+
+def test_a_sweep_without_ranks_for_the_student_is_refused(teacher_path):
+    job = dedicated_job(teacher_path, 8, 4)
+    with pytest.raises(UserError, match="teacher.ranks is 4 and the run has 4 ranks"):
+        sweep(job.config, 4, CLUSTER)
