@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megakd.common.errors import UserError
+from megakd.planning.dedicated_advice import TOGETHER, other_shares, teacher_savers
 from megakd.planning.job import build_job, with_settings
 from megakd.planning.plan import Plan, build_plan
 from megakd.planning.splits import best_split
@@ -16,7 +17,12 @@ _WORTHWHILE = 0.99
 
 def advise(plan: Plan) -> list[str]:
     """Lines with settings to change, each with what it leads to."""
-    return [*_advice_on_memory(plan), *_advice_on_split(plan), *_advice_on_optimizer(plan)]
+    return [
+        *_advice_on_memory(plan),
+        *_advice_on_sides(plan),
+        *_advice_on_split(plan),
+        *_advice_on_optimizer(plan),
+    ]
 
 
 def _advice_on_memory(plan: Plan) -> Iterator[str]:
@@ -29,7 +35,7 @@ def _advice_on_memory(plan: Plan) -> Iterator[str]:
             alone.append(f"  {settings_text(settings)}: {size_text(single.peak)}, a step takes {_longer(plan, single)}")
         if not reached.fits:
             both = _changed(reached, settings)
-            if both is not None and both.peak < reached.peak * _WORTHWHILE:
+            if both is not None and (both.fits or _needed(both) < _needed(reached) * _WORTHWHILE):
                 needed.append(f"  {settings_text(settings)}: then {size_text(both.peak)}")
                 reached = both
     if alone:
@@ -42,6 +48,12 @@ def _advice_on_memory(plan: Plan) -> Iterator[str]:
         return
     yield "it does not fit with these either; more ranks, or a teacher from a cache (`./launch.sh cache`), are needed:"
     yield from needed
+
+
+def _needed(plan: Plan) -> float:
+    """Bytes of the fullest rank of either side, none of which is below what there is."""
+    sides = [side for side in (plan.memory, plan.teacher_memory) if side]
+    return sum(max(plan.capacity, *(stage.peak for stage in side)) for side in sides)
 
 
 def _savers(plan: Plan) -> Iterator[dict[str, object]]:
@@ -71,6 +83,22 @@ def _savers(plan: Plan) -> Iterator[dict[str, object]]:
             if key.startswith("parallel.tensor"):
                 more["parallel.sequence_parallel"] = True
             yield more
+    yield from teacher_savers(plan)
+
+
+def _advice_on_sides(plan: Plan) -> Iterator[str]:
+    """A teacher on ranks of its own that could be ahead, or elsewhere."""
+    if not plan.fits or not plan.job.is_dedicated or not plan.job.is_dense:
+        return
+    best = plan
+    for head, choices in (("less waiting with", other_shares(plan)), ("or with both models on all ranks,", [TOGETHER])):
+        told = ""
+        for settings in choices:
+            other = _changed(plan, settings)
+            if other is not None and other.fits and other.timing.seconds < best.timing.seconds * _WORTHWHILE:
+                best, told = other, settings_text(settings)
+        if told:
+            yield f"{head} {told}: a step takes {_longer(plan, best)}"
 
 
 def _changed(plan: Plan, settings: dict[str, object]) -> Plan | None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from megakd.common.errors import UserError
+from megakd.planning.advice import advise
 from megakd.planning.crossing import crossing_transfer, sent_tokens
 from megakd.planning.job import Job, build_job, with_settings
 from megakd.planning.memory import stage_memory
@@ -279,3 +280,48 @@ def test_a_sweep_without_ranks_for_the_student_is_refused(teacher_path):
     job = dedicated_job(teacher_path, 8, 4)
     with pytest.raises(UserError, match="teacher.ranks is 4 and the run has 4 ranks"):
         sweep(job.config, 4, CLUSTER)
+
+
+def test_a_teacher_that_does_not_fit_is_told_how_it_would(teacher_path):
+    plan = build_plan(dedicated_job(teacher_path, 4, 2, optimizer__overlap_grad_reduce=True), CLUSTER)
+    teachers = max(stage.peak for stage in plan.teacher_memory)
+    wide = max(stage.peak for stage in plan.memory)
+    assert teachers < wide
+    # A student that needs next to nothing beside it.
+    small = {"num_layers": 1, "hidden_size": 32, "ffn_hidden_size": 32, "vocab_size": 128}
+    job = dedicated_job(teacher_path, 4, 2, shape=small)
+    plan = build_plan(job, CLUSTER)
+    assert max(stage.peak for stage in plan.memory) < 0.9 * teachers
+    plan = build_plan(job, CLUSTER.model_copy(update={"memory_gib": 0.95 * teachers / 2**30}))
+    assert not plan.fits
+    lines = advise(plan)
+    assert lines[0] == "it fits with one of these:"
+    assert any("teacher.parallel.tensor_model_parallel_size=2" in line for line in lines)
+    assert any("teacher.parallel.pipeline_model_parallel_size=2" in line for line in lines)
+    assert not any("offload" in line or "teacher.ranks" in line for line in lines)
+
+
+def test_sides_that_both_do_not_fit_are_mended_one_after_the_other(teacher_path):
+    job = dedicated_job(teacher_path, 4, 2, data__micro_batch_size=1)
+    least = max(stage.peak for stage in teacher_memory(job))
+    lines = advise(build_plan(job, CLUSTER.model_copy(update={"memory_gib": 0.9 * least / 2**30})))
+    settings = "\n".join(lines)
+    assert "teacher.signal_window" in settings and "optimizer.use_distributed_optimizer" in settings
+
+
+def test_a_teacher_that_is_not_ahead_is_told(teacher_path):
+    job = dedicated_job(teacher_path, 4, 2, teacher__prefetch_steps=0)
+    (line,) = (line for line in advise(build_plan(job, CLUSTER)) if line.startswith("less waiting with"))
+    assert "less waiting with teacher.prefetch_steps=1: " in line or "less waiting with teacher.ranks=" in line
+
+
+def test_ranks_that_wait_are_given_to_the_other_side(teacher_path):
+    # Six ranks of a small teacher wait for two of the student's.
+    job = dedicated_job(teacher_path, 8, 6, data__global_batch_size=48, shape={"num_layers": 32})
+    plan = build_plan(job, CLUSTER)
+    assert plan.timing.teacher_waits > 0
+    (line,) = (line for line in advise(plan) if line.startswith("less waiting with"))
+    found = int(line.split("teacher.ranks=")[1].split(":")[0])
+    assert found < 6
+    better = build_plan(build_job(with_settings(job.config, {"teacher.ranks": found}), 8, "cpu"), CLUSTER)
+    assert better.timing.seconds < plan.timing.seconds and f"{better.timing.seconds:.3g} s" in line
