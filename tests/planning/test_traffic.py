@@ -12,6 +12,7 @@ from megakd.config.schema import Config
 from megakd.planning.job import build_job
 from megakd.planning.timing import step_timing
 from megakd.planning.traffic import gather, send
+from tests import workers
 from tests.parallel.sent_bytes import count_sent_bytes
 from tests.planning.jobs import CLUSTER
 from tests.training.runs import layout, run_values, save_llama, write_tokens
@@ -71,6 +72,51 @@ def test_the_busiest_rank_sends_what_the_plan_says(run_ranks, files, name):
     if job.student.layout.pp == 1:
         collectives = sum(t.link_bytes for name, t in transfers.items() if not name.endswith("stages"))
         assert max(rank["collectives"] for rank in measured) == pytest.approx(collectives, rel=0.05)
+
+
+def sent_by_side(values: dict[str, Any]) -> tuple[bool, float]:
+    """Of a job's rank: whether it is the teacher's; bytes it packs for the other side, or hands to collectives."""
+    from megakd.parallel.bridge import Bridge
+    from megakd.teacher.turns import Task
+    from tests.training.runs import build, serve
+
+    if workers.joint_rank_is_teacher():
+        packed, pack = 0, Bridge.pack
+
+        def counted(*args: Any) -> Any:
+            nonlocal packed
+            result = pack(*args)
+            packed += sum(tensor.nbytes for tensor in result.values())
+            return result
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Bridge, "pack", counted)
+            serve(values)
+        return True, packed
+    built = build(values)
+    turns = built.teacher.turns  # the first rank has them
+    if turns is not None:
+        turns.start(Task(0, 1))
+    with count_sent_bytes() as sent:
+        built.train(0, 1)
+    if turns is not None:
+        turns.end()
+    return False, sent["collectives"]
+
+
+def test_two_sides_send_what_the_plan_says(run_ranks, files):
+    teacher = {
+        "teacher__placement": "dedicated", "teacher__ranks": 2, "teacher__signal_window": 2,
+        "teacher__parallel": {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 2},
+    }  # fmt: skip
+    sizes = {"data__sequence_length": 64, "data__micro_batch_size": 2, "data__global_batch_size": 8}
+    values = run_values(files, **sizes, **layout(2, 1), **teacher)
+    transfers = step_timing(build_job(Config.model_validate(values), 4, "cpu"), CLUSTER).transfers
+    measured = run_ranks(4, sent_by_side, values, teacher_ranks=2)
+    assert max(size for is_teacher, size in measured if is_teacher) == transfers["teacher to student"].link_bytes
+    names = ("student, tensor ranks", "teacher's states, student's tensor ranks", "loss, tensor ranks")
+    collectives = sum(transfers[name].link_bytes for name in names)
+    assert max(size for is_teacher, size in measured if not is_teacher) == pytest.approx(collectives, rel=0.05)
 
 
 def test_a_group_over_nodes_uses_each_members_card():
