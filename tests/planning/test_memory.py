@@ -95,6 +95,10 @@ def dedicated(ranks: int, tp: int, pp: int, **settings: Any) -> dict[str, Any]:
 DEDICATED: dict[str, tuple[int, dict[str, Any]]] = {
     "two_and_two_stages": (4, layout(2, 1, parallel__sequence_parallel=True) | dedicated(2, 1, 2)),
     "one_and_one_in_windows": (2, dedicated(1, 1, 1, teacher__signal_window=2, teacher__prefetch_steps=1)),
+    "bf16_and_cut_sequences": (
+        4,
+        layout(2, 1, parallel__sequence_parallel=True, **BF16) | dedicated(2, 2, 1, teacher__prefetch_steps=2),
+    ),
     "two_stages_and_tensor_ranks": (4, layout(1, 2) | dedicated(2, 2, 1, teacher__prefetch_steps=0)),
 }
 
