@@ -8,6 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+# What is nearer to 0 is as good as it: steps between ticks must stay numbers.
+_LEAST = 1e-200
+# From here on figures have a power of ten instead of all their digits.
+_LONG = 1e15
+
 
 @dataclass(frozen=True)
 class Axis:
@@ -40,12 +45,13 @@ def step_axis(last: int) -> Axis:
 
 def value_axis(low: float, high: float, *, from_zero: bool = False, log: bool = False) -> Axis:
     """An axis that holds `low` to `high` between round figures; `log` holds where `low` is above 0."""
-    if log and low > 0:
+    if log and low > _LEAST:
         return _log_axis(low, high)
     if from_zero:
         low, high = min(low, 0.0), max(high, 0.0)
-    if high <= low:
-        margin = abs(low) * 0.1 or 1.0
+    size = max(abs(low), abs(high))
+    if high - low <= max(_LEAST, 1e-9 * size):  # no ticks fit between them
+        margin = size * 0.1 if size > _LEAST else 1.0
         low, high = (0.0 if from_zero else low - margin), high + margin
     step = _nice_step((high - low) / 4)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
@@ -75,7 +81,11 @@ def _label(value: float, step: float) -> str:
     """A tick with as many decimals as all ticks `step` apart need."""
     if value == 0:
         return "0"
-    decimals = next((n for n in range(5) if math.isclose(step * 10**n, round(step * 10**n), rel_tol=1e-6)), None)
+    decimals = (
+        None
+        if abs(value) >= _LONG
+        else next((n for n in range(5) if math.isclose(step * 10**n, round(step * 10**n), rel_tol=1e-6)), None)
+    )
     if decimals is not None:
         return f"{value:,.{decimals}f}"
     mantissa, exponent = f"{value:.3e}".split("e")
@@ -88,6 +98,6 @@ def format_figure(value: float | None) -> str:
         return "–"
     if value == 0:
         return "0"
-    if abs(value) >= 1000:
+    if 1000 <= abs(value) < _LONG:
         return f"{value:,.0f}"
-    return f"{value:.2e}" if abs(value) < 1e-3 else f"{value:.4g}"
+    return f"{value:.2e}" if abs(value) < 1e-3 or abs(value) >= _LONG else f"{value:.4g}"

@@ -19,6 +19,7 @@
   const figure = (value) => {
     if (value === null || value === undefined) return "–";
     const size = Math.abs(value);
+    if (size >= 1e15) return value.toExponential(2);
     if (size >= 1000) return Math.round(value).toLocaleString("en");
     if (size !== 0 && size < 1e-3) return value.toExponential(2);
     return String(Number(value.toPrecision(4)));

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +12,7 @@ from numpy.typing import NDArray
 
 from megakd.common.errors import UserError
 from megakd.config.yaml_text import parse_yaml
+from megakd.report.records import STEP_KEYS, check_evaluation, check_step, check_step_times, read_records, read_text
 
 Column = NDArray[np.float64]
 
@@ -57,7 +56,7 @@ class RunData:
     def planned_steps(self) -> int | None:
         """The step at which the run ends, where that is known."""
         steps = self.description.get("steps") or (self.config.get("schedule") or {}).get("train_steps")
-        return steps if isinstance(steps, int) else None
+        return steps if isinstance(steps, int) and not isinstance(steps, bool) else None
 
 
 def load_runs(folders: Sequence[Path]) -> list[RunData]:
@@ -71,12 +70,18 @@ def load_runs(folders: Sequence[Path]) -> list[RunData]:
         if place in places[:number]:
             raise UserError(f"{folders[number]} is given twice. Name each run once.")
     described = [_describe(folder) for folder in folders]
-    names = [str((config.get("run") or {}).get("name") or folder.name or folder) for folder, (config, _, _) in
-             zip(folders, described, strict=True)]  # fmt: skip
+    names = [_printable((config.get("run") or {}).get("name") or folder.name or folder)
+             for folder, (config, _, _) in zip(folders, described, strict=True)]  # fmt: skip
     labels = [
-        name if names.count(name) == 1 else f"{name} ({folder})" for name, folder in zip(names, folders, strict=True)
+        name if names.count(name) == 1 else f"{name} ({_printable(folder)})"
+        for name, folder in zip(names, folders, strict=True)
     ]
     return [_load(folder, label, *found) for folder, label, found in zip(folders, labels, described, strict=True)]
+
+
+def _printable(value: object) -> str:
+    """A name for a page and a picture, which hold no halves of characters."""
+    return str(value).encode("utf-8", "replace").decode("utf-8")
 
 
 def _describe(folder: Path) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
@@ -100,7 +105,7 @@ def _mapping(path: Path, notes: list[str]) -> dict[str, Any]:
     if not path.exists():
         notes.append(f"There is no {path.name}.")
         return {}
-    text = _read(path)
+    text = read_text(path)
     try:
         found = parse_yaml(text, str(path))  # JSON is YAML too
     except UserError:
@@ -112,59 +117,31 @@ def _mapping(path: Path, notes: list[str]) -> dict[str, Any]:
 
 
 def _load(folder: Path, label: str, config: dict[str, Any], description: dict[str, Any], notes: list[str]) -> RunData:
-    records = _lines(folder / "metrics.jsonl", notes)
+    records, wrong = read_records(folder / "metrics.jsonl", check_step)
+    if wrong and not records:
+        raise UserError(f"{folder} has no metrics that can be used: {wrong[0]} Give the folder of another run.")
     if not records:
         raise UserError(f"{folder} has no metrics yet. Wait for the run's first step.")
     # Where a step was trained again, its newest record counts.
     by_step = {record["step"]: record for record in records}
     ordered = [by_step[step] for step in sorted(by_step)]
-    keys = dict.fromkeys(key for record in (ordered[0], ordered[-1], ordered[len(ordered) // 2]) for key in record)
-    columns = {key: np.array([_number(record.get(key)) for record in ordered]) for key in keys if key != "step"}
+    # None becomes not a number.
+    columns = {key: np.array([record[key] for record in ordered], dtype=np.float64) for key in STEP_KEYS}
     events = {
         event: [record["step"] for record in ordered if record.get(event) is True]
         for event in ("skipped", "loss_spike")
     }
+    evaluations, wrong_evaluations = read_records(folder / "evaluations.jsonl", check_evaluation)
+    step_times, wrong_times = read_records(folder / "step_times.jsonl", check_step_times)
     return RunData(
         folder,
         label,
         np.array(sorted(by_step), dtype=np.int64),
         columns,
         events,
-        _lines(folder / "evaluations.jsonl", notes),
-        _lines(folder / "step_times.jsonl", notes),
+        evaluations,
+        step_times,
         config,
         description,
-        notes,
+        [*notes, *wrong, *wrong_evaluations, *wrong_times],
     )
-
-
-def _lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
-    """Records with a whole number as `step`; a last line that is being written does not count."""
-    if not path.exists():
-        return []
-    *lines, _ = _read(path).split("\n")
-    found, damaged = [], 0
-    for line in lines:
-        try:
-            record = json.loads(line)
-            is_whole = isinstance(record, dict) and isinstance(record.get("step"), int)
-        except ValueError:
-            is_whole = False
-        if is_whole:
-            found.append(record)
-        else:
-            damaged += 1
-    if damaged:
-        notes.append(f"{path.name} has {damaged} line{'s' if damaged > 1 else ''} that cannot be read.")
-    return found
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); a report needs it.") from error
-
-
-def _number(value: object) -> float:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan

@@ -11,13 +11,10 @@ import numpy as np
 from megakd.common.step_parts import STEP_PARTS
 from megakd.report.axes import format_figure
 from megakd.report.rank_times import RankTime, mean_of
+from megakd.report.records import SCORES
 from megakd.report.runs import RunData
 
 _ABSENT = "–"
-_SCORES = {
-    "cross_entropy": "cross-entropy", "perplexity": "perplexity", "kl_to_teacher": "KL to teacher",
-    "agreement": "agreement", "teacher_cross_entropy": "teacher's cross-entropy",
-}  # fmt: skip
 _MOST_EVALUATIONS = 60
 
 
@@ -61,7 +58,7 @@ def _facts(run: RunData) -> Iterator[tuple[str, str]]:
     metric = best_metric(run)
     scored = [record for record in run.evaluations if isinstance(record.get(metric), int | float)]
     if scored:
-        title = f"held-out {_SCORES.get(metric, metric)}"
+        title = f"held-out {SCORES.get(metric, metric)}"
         best = scored[_best(scored, metric)]
         yield f"{title}, final", format_figure(scored[-1][metric])
         yield f"{title}, best", f"{format_figure(best[metric])} at step {best['step']:,}"
@@ -100,8 +97,8 @@ def _told_steps(steps: Sequence[int]) -> str:
 def best_metric(run: RunData) -> str:
     """What a run's evaluations are compared by: evaluation.metric, or the KL to the teacher, or the cross-entropy."""
     metric = (run.config.get("evaluation") or {}).get("metric")
-    if metric in _SCORES:
-        return str(metric)
+    if isinstance(metric, str) and metric in SCORES:
+        return metric
     has_teacher = any(isinstance(record.get("kl_to_teacher"), int | float) for record in run.evaluations)
     return "kl_to_teacher" if has_teacher else "cross_entropy"
 
@@ -114,7 +111,7 @@ def _best(records: Sequence[Mapping[str, Any]], metric: str) -> int:
 def evaluations_table(run: RunData) -> str:
     """A row per evaluation, the best one and the last one marked; of very many the newest."""
     records = run.evaluations
-    keys = [key for key in _SCORES if any(isinstance(record.get(key), int | float) for record in records)]
+    keys = [key for key in SCORES if any(isinstance(record.get(key), int | float) for record in records)]
     if not keys:
         return '<p class="none">No evaluations.</p>'
     metric = best_metric(run)
@@ -130,7 +127,7 @@ def evaluations_table(run: RunData) -> str:
         classes.append("best" if "best" in marks else "")
     left = len(records) - len(shown)
     note = f'<p class="none">{left:,} older evaluations are in evaluations.jsonl.</p>' if left else ""
-    return table(["step", *(escape(_SCORES[key]) for key in keys)], rows, classes=classes, name="figures") + note
+    return table(["step", *(escape(SCORES[key]) for key in keys)], rows, classes=classes, name="figures") + note
 
 
 def _figure(value: object) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megakd.common.errors import UserError
+from megakd.common.logging import log
 from megakd.report.chart_png import save_bars, save_chart
 from megakd.report.charts import build_charts
 from megakd.report.page import report_page
@@ -43,6 +44,9 @@ def write_report(folders: Sequence[Path], output: Path | None = None, *, log_los
     """
     page = report_path(folders, output)
     runs = load_runs(folders)
+    for run in runs:
+        for note in run.notes:
+            log.warning(f"{run.label}: {note}")
     charts = build_charts(runs, log_loss=log_loss)
     figures = page.with_suffix("")
     times = [(run.label, rank_times(run)) for run in runs]
@@ -66,5 +70,5 @@ def _write_whole(path: Path, text: str) -> None:
     """A page that somebody has open is replaced by a whole one."""
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".report-") as place:
         unnamed = Path(place) / path.name
-        unnamed.write_text(text, encoding="utf-8")
+        unnamed.write_text(text, encoding="utf-8", errors="replace")
         unnamed.replace(path)

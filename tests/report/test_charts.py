@@ -50,14 +50,21 @@ def test_ticks_are_as_precise_as_they_need_to_be() -> None:
     assert labels(0.0, 1.0) == ["0", "0.25", "0.50", "0.75", "1.00"]
     assert labels(0.0, 1e-3) == ["0", "2.5e-4", "5e-4", "7.5e-4", "1e-3"]
     assert labels(0.0, 3500.0) == ["0", "1,000", "2,000", "3,000", "4,000"]
+    assert labels(0.0, 1e38) == ["0", "2.5e37", "5e37", "7.5e37", "1e38"]
     assert [label for _, label in value_axis(0.2, 900.0, log=True).ticks] == ["0.1", "1", "10", "100", "1,000"]
     assert (axis := value_axis(1.0, 100.0, log=True)).place(np.array([10.0])) == pytest.approx(0.5), axis
+
+
+def test_figures_that_hardly_differ_or_are_hardly_any_have_an_axis() -> None:
+    for low, high in ((1.0, 1.0 + 2**-52), (0.0, 5e-324), (-5e-324, 5e-324), (5e-324, 5e-324), (1e100, 1e100)):
+        for axis in (value_axis(low, high), value_axis(low, high, from_zero=True), value_axis(low, high, log=True)):
+            assert axis.low < axis.high and 2 <= len(axis.ticks) <= 9
 
 
 @pytest.mark.parametrize(
     ("value", "text"),
     [(None, "–"), (math.nan, "–"), (0.0, "0"), (1234567.8, "1,234,568"), (2.34567, "2.346"), (5e-9, "5.00e-09"),
-     (-1500.0, "-1,500"), (0.001, "0.001")],
+     (-1500.0, "-1,500"), (0.001, "0.001"), (2e38, "2.00e+38")],
 )  # fmt: skip
 def test_figures_for_people(value: float | None, text: str) -> None:
     assert format_figure(value) == text

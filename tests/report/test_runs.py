@@ -40,8 +40,10 @@ def test_a_step_trained_twice_counts_once_and_damage_is_told(tmp_path: Path) -> 
     assert run.steps.tolist() == [1, 2] and run.last("loss") == 5.0
     assert run.notes == [
         "run.json is damaged.",
-        "metrics.jsonl has 3 lines that cannot be read.",
-        "evaluations.jsonl has 1 line that cannot be read.",
+        "metrics.jsonl line 4 is passed over: it is not JSON.",
+        'metrics.jsonl line 5 is passed over: step is "x"; it must be a whole number from 0 to 1e+15.',
+        "metrics.jsonl line 6 is passed over: it is a list; it must be an object.",
+        "evaluations.jsonl line 1 is passed over: it is not JSON.",
     ]
     assert run.planned_steps == 8  # the configuration says so too
 
