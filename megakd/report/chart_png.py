@@ -58,7 +58,13 @@ def save_bars(runs: Sequence[tuple[str, Sequence[RankTime]]], path: Path) -> Non
     axes.set_ylim(len(bars) - 0.5, -0.5)
     axes.set_xlabel("seconds", color=_SOFT)
     axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
-    _save(figure, axes, "Where the time of a step went", "mean over the steps after the first", path)
+    _save(
+        figure,
+        axes,
+        "Where the time of a step went",
+        "mean over the steps after the first, under the newest layout",
+        path,
+    )
 
 
 def _draw(axes: Any, curve: Curve) -> None:

@@ -15,7 +15,7 @@ from megakd.common.step_parts import STEP_PARTS
 from megakd.report.chart_html import bars_html, chart_html
 from megakd.report.charts import TIME, Chart, time_key
 from megakd.report.colors import PARTS, run_color
-from megakd.report.rank_times import rank_times
+from megakd.report.rank_times import layout_note, rank_times
 from megakd.report.runs import Column, RunData
 from megakd.report.tables import evaluations_table, parts_table, runs_table, settings_tables, swatch
 
@@ -80,7 +80,9 @@ def _times(runs: Sequence[RunData], charts: Sequence[Chart]) -> str:
         cards += [chart_html(chart) for chart in charts if chart.key == time_key(number)]
         if of_run:
             heading = "By rank" if len(runs) == 1 else f"By rank: {escape(run.label)}"
-            cards.append(f'<div class="card"><h3>{heading}</h3>{bars_html(of_run, longest)}{parts_table(of_run)}</div>')
+            note = f'<p class="soft">{escape(said)}</p>' if (said := layout_note(run)) else ""
+            bars = bars_html(of_run, longest)
+            cards.append(f'<div class="card"><h3>{heading}</h3>{note}{bars}{parts_table(of_run)}</div>')
     meanings = "".join(f"<dt>{part}</dt><dd>{escape(meaning)}</dd>" for part, meaning in STEP_PARTS.items())
     return (
         "<h2>Where the time of a step went</h2>"

@@ -30,24 +30,40 @@ def rank_times(run: RunData) -> list[RankTime]:
     The first step, which also warms up, counts only where there is no other. Of a run that was resumed under another
     layout the newest layout counts.
     """
-    lines = [line for line in run.step_times if _rows(line)]
-    if not lines:
-        return []
-    places = [_place(row) for row in _rows(lines[-1])]
-    alike = [line for line in lines if [_place(row) for row in _rows(line)] == places]
+    alike = _of_newest_layout(run.step_times)
     warm = [line for line in alike if line["step"] > 1] or alike
-    weights = [max(int(line.get("steps", 1)), 1) for line in warm]
+    if not warm:
+        return []
+    steps = sum(line["steps"] for line in warm)
     found = []
-    for number, place in enumerate(places):
-        rows = [_rows(line)[number] for line in warm]
+    for number, place in enumerate(_places(warm[-1])):
+        rows = [line["rows"][number] for line in warm]
         seconds = {
-            part: sum(weight * float(row["seconds"].get(part, 0.0)) for weight, row in zip(weights, rows, strict=True))
-            / sum(weights)
+            part: sum(line["steps"] * row["seconds"][part] for line, row in zip(warm, rows, strict=True)) / steps
             for part in STEP_PARTS
         }
-        memory = [int(row["memory_bytes"]) for row in rows if isinstance(row.get("memory_bytes"), int | float)]
+        memory = [int(row["memory_bytes"]) for row in rows if row["memory_bytes"] is not None]
         found.append(RankTime(place, seconds, max(memory, default=None)))
     return found
+
+
+def layout_note(run: RunData) -> str:
+    """Which steps `rank_times` is of, where the run has had several layouts; else nothing."""
+    alike = _of_newest_layout(run.step_times)
+    left = sum(line["steps"] for line in run.step_times) - sum(line["steps"] for line in alike)
+    if not left:
+        return ""
+    named = f"the newest layout, {alike[-1]['layout']}" if alike[-1].get("layout") else "the newest layout"
+    return (
+        f"Of {named}, up to step {alike[-1]['step']:,}; {left:,} step{'s' if left > 1 else ''} under another layout "
+        f"{'are' if left > 1 else 'is'} not counted."
+    )
+
+
+def _of_newest_layout(lines: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Ranks and stages are the same under many layouts; versions that did not write the layout have only them."""
+    kinds = [(line.get("layout"), _places(line)) for line in lines]
+    return [line for line, kind in zip(lines, kinds, strict=True) if kind == kinds[-1]]
 
 
 def mean_of(times: Sequence[RankTime]) -> dict[str, float]:
@@ -55,11 +71,8 @@ def mean_of(times: Sequence[RankTime]) -> dict[str, float]:
     return {part: sum(time.seconds[part] for time in times) / len(times) for part in STEP_PARTS}
 
 
-def _rows(line: Mapping[str, Any]) -> list[dict[str, Any]]:
-    rows = line.get("rows")
-    if not isinstance(rows, list):
-        return []
-    return [row for row in rows if isinstance(row, dict) and isinstance(row.get("seconds"), dict)]
+def _places(line: Mapping[str, Any]) -> list[str]:
+    return [_place(row) for row in line["rows"]]
 
 
 def _place(row: Mapping[str, Any]) -> str:

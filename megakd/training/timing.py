@@ -69,6 +69,7 @@ class RankTimes:
     def __init__(self, mesh: ModelMesh, platform: Platform) -> None:
         self._device = platform.device
         self._memory: MemoryMeter = platform.memory_meter()
+        self._layout = mesh.describe()
         per_stage = len(mesh.ranks) // mesh.pp_size
         self._stages = [mesh.ranks.index(rank) // per_stage for rank in range(dist.get_world_size())]
         self._steps = 0
@@ -103,7 +104,7 @@ class RankTimes:
                 rows.append(
                     _row({"stage": stage, "ranks": int(of_stage.sum())}, mean, self._memory_peak[of_stage].max())
                 )
-        line = {"step": step, "steps": self._steps, "rows": rows}
+        line = {"step": step, "steps": self._steps, "layout": self._layout, "rows": rows}
         self._steps = 0
         self._seconds.zero_()
         self._memory_peak.zero_()

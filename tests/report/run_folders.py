@@ -32,8 +32,8 @@ def evaluation(number: int, **changes: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def times(number: int, steps: int = 1, ranks: int = 4, scale: float = 1.0) -> dict[str, Any]:
-    """A line of step_times.jsonl: two stages, a rank's time longer by its number."""
+def times(number: int, steps: int = 1, ranks: int = 4, scale: float = 1.0, layout: str | None = None) -> dict[str, Any]:
+    """A line of step_times.jsonl: two stages, a rank's time longer by its number; the layout where it is given."""
     rows = [
         {
             "stage": rank * 2 // ranks, "rank": rank, "memory_bytes": 2**30,
@@ -41,7 +41,8 @@ def times(number: int, steps: int = 1, ranks: int = 4, scale: float = 1.0) -> di
         }
         for rank in range(ranks)
     ]  # fmt: skip
-    return {"step": number, "steps": steps, "rows": rows}
+    named = {} if layout is None else {"layout": layout}
+    return {"step": number, "steps": steps, **named, "rows": rows}
 
 
 def write_run(

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from megakd.common.errors import UserError
-from megakd.report.rank_times import mean_of, rank_times
+from megakd.report.charts import build_charts
+from megakd.report.page import report_page
+from megakd.report.rank_times import layout_note, mean_of, rank_times
 from megakd.report.runs import load_runs
 from tests.report.run_folders import SECONDS, step, times, write_run
 
@@ -113,3 +115,18 @@ def test_rank_times_of_the_newest_layout(tmp_path: Path) -> None:
     only_first = [times(1, 1, scale=2.0)]
     (run,) = load_runs([write_run(tmp_path / "b", step_times=only_first)])
     assert rank_times(run)[0].seconds["teacher"] == pytest.approx(0.4)
+
+
+def test_rank_times_of_the_newest_of_layouts_with_the_same_ranks_and_stages(tmp_path: Path) -> None:
+    first, then = "TP 2 x PP 2 x DP 1", "TP 1 x PP 2 x DP 2"
+    lines = [times(1, layout=first), times(4, 3, scale=7.0, layout=first), times(5, 1, layout=then),
+             times(8, 3, scale=5.0, layout=then)]  # fmt: skip
+    (run,) = load_runs([write_run(tmp_path / "a", step_times=lines)])
+    assert rank_times(run)[0].seconds["teacher"] == pytest.approx(0.2 * (1 * 1 + 3 * 5) / 4)
+    told = f"Of the newest layout, {then}, up to step 8; 4 steps under another layout are not counted."
+    assert layout_note(run) == told
+    assert told in report_page([run], build_charts([run]))
+    (run,) = load_runs([write_run(tmp_path / "b", step_times=[times(4, 1, ranks=2), times(8, 4)])])
+    assert layout_note(run) == "Of the newest layout, up to step 8; 1 step under another layout is not counted."
+    (run,) = load_runs([write_run(tmp_path / "c")])
+    assert layout_note(run) == "" and "newest layout" not in report_page([run], build_charts([run]))

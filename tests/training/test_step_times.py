@@ -174,7 +174,7 @@ def many_ranks_told() -> dict[str, Any]:
     from megakd.platform import build_platform
     from megakd.training import timing
 
-    mesh: Any = SimpleNamespace(ranks=tuple(range(40)), pp_size=2)
+    mesh: Any = SimpleNamespace(ranks=tuple(range(40)), pp_size=2, describe=lambda: "TP 1 x PP 2 x DP 20")
 
     def gather(places: list[torch.Tensor], figures: torch.Tensor) -> None:
         for rank, place in enumerate(places):
@@ -192,6 +192,7 @@ def many_ranks_told() -> dict[str, Any]:
 
 def test_many_ranks_are_told_by_stage(run_ranks: Callable[..., list[Any]]) -> None:
     line = run_ranks(1, many_ranks_told)[0]
+    assert (line["step"], line["steps"], line["layout"]) == (2, 2, "TP 1 x PP 2 x DP 20")
     assert [(row["stage"], row["ranks"]) for row in line["rows"]] == [(0, 20), (1, 20)]
     assert line["rows"][0]["seconds"][TEACHER] == pytest.approx(10.5)
     assert line["rows"][1]["seconds"][TEACHER] == pytest.approx(30.5)
