@@ -90,23 +90,21 @@ def _curve_svg(chart: Chart, curve: Curve) -> str:
         dash = run_dash(int(curve.color.removeprefix("run-")))
         style = f' stroke-dasharray="{dash}"' if dash else ""
         parts.append(f'<path class="line {name}" d="{_line_path(across, chart.y, curve.ys)}"{style}/>')
-        if curve.dots:
+        heights = _heights(chart.y, curve.ys)
+        for kind, marked in (("dots", np.isfinite(curve.ys) & curve.dots & ~curve.lone), ("lone", curve.lone)):
             # Lines of no length with round ends: circles would stretch with the drawing.
-            dots = "".join(
-                f"M{x} {y}h0" for x, y, v in zip(across, _heights(chart.y, curve.ys), curve.ys, strict=True) if v == v
-            )
-            parts.append(f'<path class="dots {name}" d="{dots}"/>')
+            marks = "".join(f"M{x} {y}h0" for x, y in zip(across[marked], heights[marked], strict=True))
+            parts.append(f'<path class="{kind} {name}" d="{marks}"/>' if marks else "")
     return "".join(parts)
 
 
 def _line_path(across: Places, axis: Axis, ys: Column) -> str:
-    """Pieces between values that are not numbers; one alone is a point."""
+    """Pieces between values that are not numbers."""
     heights, finite = _heights(axis, ys), np.isfinite(ys)
     path, was = [], False
     for number, (x, y) in enumerate(zip(across, heights, strict=True)):
         if finite[number]:
-            alone = not was and not (number + 1 < len(ys) and finite[number + 1])
-            path.append(f"{'L' if was else 'M'}{x} {y}{'h0' if alone else ''}")
+            path.append(f"{'L' if was else 'M'}{x} {y}")
         was = bool(finite[number])
     return "".join(path)
 

@@ -78,6 +78,8 @@ def _draw(axes: Any, curve: Curve) -> None:
     style: Any = (0, tuple(float(length) for length in dash.split())) if dash else "-"
     axes.plot(curve.xs, curve.ys, color=color, linestyle=style, linewidth=1.6, label=short_name(curve.name),
               marker="o" if curve.dots else None, markersize=4.5, clip_on=not curve.dots)  # fmt: skip
+    lone = curve.lone
+    axes.plot(curve.xs[lone], curve.ys[lone], color=color, linestyle="", marker="o", markersize=8, clip_on=False)
 
 
 def _figure(height: float) -> tuple[Any, Any]:

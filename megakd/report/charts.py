@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megakd.common.step_parts import STEP_PARTS, seconds_key
 from megakd.report.axes import Axis, step_axis, value_axis
@@ -44,6 +45,13 @@ class Curve:
         found = self.figures if self.figures is not None else self.ys
         assert found is not None
         return found
+
+    @property
+    def lone(self) -> NDArray[np.bool_]:
+        """[n] the points that no line leads to or from, which would not be seen without a mark."""
+        assert self.ys is not None
+        finite = np.pad(np.isfinite(self.ys), 1)
+        return finite[1:-1] & ~finite[:-2] & ~finite[2:]
 
 
 @dataclass(frozen=True)
@@ -156,10 +164,10 @@ def _trained(kind: _Kind, number: int, run: RunData, points: int, scale: float) 
     if values is None or (kind.key == "kd_loss" and not _has_divergence(run)):
         return None
     xs, ys, lows, highs = condense(run.steps, values / scale, points)
-    color, dots = f"run-{number}", len(ys) == 1
+    color = f"run-{number}"
     if len(ys) == len(values):
-        return Curve(run.label, color, xs, ys, dots=dots)
-    return Curve(run.label, color, xs, ys, lows, highs, dots=dots)
+        return Curve(run.label, color, xs, ys)
+    return Curve(run.label, color, xs, ys, lows, highs)
 
 
 def _has_divergence(run: RunData) -> bool:

@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.image import imread
 
 from megakd.common.step_parts import STEP_PARTS, seconds_key
 from megakd.report.axes import format_figure, step_axis, value_axis
+from megakd.report.chart_png import save_chart
 from megakd.report.charts import Chart, build_charts, condense
 from megakd.report.runs import RunData, load_runs
-from tests.report.run_folders import SECONDS, step, write_run
+from tests.report.run_folders import SECONDS, evaluation, step, write_run
 
 FIGURES = st.floats(-1e9, 1e9, allow_subnormal=False).map(lambda value: value if abs(value) > 1e-9 else 0.0)
 
@@ -117,6 +119,22 @@ def test_what_is_drawn_of_a_run(tmp_path: Path) -> None:
     assert layers[-1].highs is not None and layers[-1].highs.tolist() == pytest.approx([sum(SECONDS.values())] * 4)
     assert [curve.told[0] for curve in layers] == list(SECONDS.values())
     assert by_key(build_charts(runs, log_loss=True))["loss"].y.log
+
+
+def test_points_without_a_line_are_marked(tmp_path: Path) -> None:
+    norms = [1.0, None, 2.0, 3.0, None, 1.0]
+    steps = [step(n + 1, grad_norm=norm) for n, norm in enumerate(norms)]
+    charts = by_key(build_charts(load_runs([write_run(tmp_path / "a", steps=steps, evaluations=[evaluation(4)])])))
+    assert charts["grad_norm"].curves[0].lone.tolist() == [True, False, False, False, False, True]
+    assert charts["kl_to_teacher"].curves[0].lone.tolist() == [True]
+    assert not charts["loss"].curves[0].lone.any()
+    plain, marked = tmp_path / "plain.png", tmp_path / "marked.png"
+    save_chart(charts["loss"], plain)
+    save_chart(charts["kl_to_teacher"], marked)
+    blue = [
+        np.isclose(imread(path)[..., :3], (0, 0x72 / 255, 0xB2 / 255), atol=0.02).all(-1) for path in (plain, marked)
+    ]
+    assert blue[0].any() and blue[1].sum() > 100  # a disk, no speck
 
 
 def test_what_some_runs_lack(tmp_path: Path) -> None:

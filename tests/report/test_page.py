@@ -124,11 +124,12 @@ def test_a_line_is_broken_where_there_is_no_figure(tmp_path: Path) -> None:
     page, _ = page_of(write_run(tmp_path / "a", steps=steps, evaluations=[]))
     keys = [str(found["data-key"]) for tag, found in page.tags if tag == "figure"]
     line = drawn(page, "line")[keys.index("grad_norm")]
-    numbers = re.findall(r"([ML])(\d+) (\d+)(h0)?", line)
-    assert [(move, alone) for move, _, _, alone in numbers] == [("M", "h0"), ("M", ""), ("L", ""), ("M", "h0")]
-    assert [int(x) for _, x, _, _ in numbers] == [round(2000 * n / 6) for n in (1, 3, 4, 6)]
-    heights = [int(y) for _, _, y, _ in numbers]
+    numbers = re.findall(r"([ML])(\d+) (\d+)", line)
+    assert [move for move, _, _ in numbers] == ["M", "M", "L", "M"]
+    assert [int(x) for _, x, _ in numbers] == [round(2000 * n / 6) for n in (1, 3, 4, 6)]
+    heights = [int(y) for _, _, y in numbers]
     assert heights[0] == heights[3] and heights[2] < heights[1] < heights[0]  # up is less
+    assert drawn(page, "lone") == ["".join(f"M{x} {y}h0" for _, x, y in (numbers[0], numbers[3]))]
 
 
 def test_the_runs_side_by_side(tmp_path: Path) -> None:
