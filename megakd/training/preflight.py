@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import tempfile
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from megakd.cache.reader import CacheReader
@@ -69,10 +70,7 @@ def preflight_cache(config: Config, world_size: int) -> None:
     open_train_data(config)
     _check_positions(config)
     assert config.teacher is not None
-    for source in config.data.train:
-        check = check_same_tokenizer(source.path, config.teacher.path, key="data.train")
-        if not check.checked:
-            log.warning(check.message)
+    _check_tokenizers(config, [config.teacher.path], ("train",))
 
 
 def check_models(config: Config) -> None:
@@ -124,13 +122,23 @@ def _check_data(config: Config) -> None:
     teacher = teacher_folder(config)
     # The teacher reads these ids, and the student is exported with its own folder's tokenizer: both must agree.
     models = dict.fromkeys(path for path in (teacher, source_folder(config)) if path is not None)
-    for key in ("train", "valid", "test"):
+    keys = ("train", "valid", "test")
+    _check_tokenizers(config, models, keys)
+    for key in keys:
         for source in getattr(config.data, key) or ():
-            for model in models:
-                check = check_same_tokenizer(source.path, model, key=f"data.{key}")
-                if not check.checked:
-                    log.warning(check.message)
             _check_ids(f"data.{key}", source.path, config)
+
+
+def _check_tokenizers(config: Config, models: Iterable[str | Path], keys: Sequence[str]) -> None:
+    """Hold data against the models' tokenizers; what cannot be compared is said once, however many it is true of."""
+    checks = [
+        check_same_tokenizer(source.path, model, key=f"data.{key}")
+        for key in keys
+        for source in getattr(config.data, key) or ()
+        for model in models
+    ]
+    for message in dict.fromkeys(check.message for check in checks if not check.checked):
+        log.warning(message)
 
 
 def _check_positions(config: Config) -> None:

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megakd.common.errors import UserError
+from megakd.common.logging import configure_logging
 from megakd.config.schema import Config
 from megakd.data.fingerprint import FORMAT, VERSION
 from megakd.data.preprocess import write_documents
@@ -43,6 +44,19 @@ def change_weights(folder: Path, change: Any) -> None:
 
 def test_a_good_configuration_passes(folder: Path) -> None:
     preflight(Config.model_validate(run_values(folder)), 1)
+
+
+def test_data_that_cannot_be_held_against_a_tokenizer_is_told_once(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    configure_logging()
+    values = run_values(folder)
+    data = values["data"]["train"]
+    preflight(Config.model_validate(values), 1)
+    told = [line for line in capsys.readouterr().out.splitlines() if "not checked" in line]
+    reason = f"{data}.json is missing (data written by another tool)"
+    assert told[0] == f"data.train: not checked against the teacher's tokenizer: {reason}"
+    assert len(told) == len(set(told))
 
 
 def test_missing_teacher(folder: Path) -> None:
