@@ -50,6 +50,18 @@ def test_but_not_for_ever(tmp_path: Path) -> None:
     assert errors == "job 7 was put into the queue again 3 times, which is MEGAKD_MOST_REQUEUES; it ends\n"
 
 
+@pytest.mark.parametrize("most", ["often", "-1", "1.5", "3 times", "08", "1e3", "9" * 20, "x[$(id>calls)]"])
+def test_how_often_must_be_a_number(tmp_path: Path, most: str) -> None:
+    status, errors, calls = run(tmp_path, 75, *ARGUMENTS, MEGAKD_MOST_REQUEUES=most)
+    assert (status, calls) == (2, [])
+    assert errors == f"error: MEGAKD_MOST_REQUEUES is '{most}'; it must be a whole number, such as 100\n"
+
+
+def test_never_again(tmp_path: Path) -> None:
+    status, errors, calls = run(tmp_path, 75, *ARGUMENTS, MEGAKD_MOST_REQUEUES="0")
+    assert (status, calls) == (75, [SRUN]) and "put into the queue again 0 times" in errors
+
+
 def test_without_a_file_it_says_how_it_is_submitted(tmp_path: Path) -> None:
     status, errors, calls = run(tmp_path, 0)
     assert (status, calls) == (2, [])
