@@ -82,7 +82,7 @@ class SafetensorsFolder:
         if file not in self._handles:
             try:
                 handle: Any = safe_open(str(self.path / file), framework="pt", device="cpu")
-            except (SafetensorError, OSError) as error:
+            except SafetensorError as error:
                 if _is_pointer(self.path / file):
                     raise UserError(
                         f"{self.path / file} is git-lfs's note of a file that was not downloaded. Run `git lfs pull` "
@@ -90,6 +90,13 @@ class SafetensorsFolder:
                     ) from error
                 raise UserError(
                     f"{self.path / file} is not a whole safetensors file ({error}). Download or save it again."
+                ) from error
+            # Where there is no room to map it, safetensors raises a MemoryError and torch a RuntimeError.
+            except (OSError, MemoryError, RuntimeError) as error:
+                reason = " ".join(str(error).split())
+                raise UserError(
+                    f"{self.path / file} cannot be opened ({reason}). It must be a file that can be read, and fit "
+                    "twice into the address space that a process may have (`ulimit -v`)."
                 ) from error
             self._check_index(file, set(handle.keys()))
             self._handles[file] = handle

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from megakd.common.errors import UserError
+from megakd.convert import safetensors_folder
 from megakd.convert.safetensors_folder import SafetensorsFolder
 
 A, B = torch.arange(12.0).reshape(4, 3), torch.arange(5.0)
@@ -155,3 +158,42 @@ def test_a_header_that_contradicts_the_file(tmp_path: Path, content: bytes) -> N
     with pytest.raises(UserError, match="is not a whole safetensors file") as caught:
         read_all(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+from megakd.common.errors import UserError
+from megakd.convert.safetensors_folder import SafetensorsFolder
+size = (Path(sys.argv[1]) / "model.safetensors").stat().st_size
+taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+for share in (0.5, 1.5):
+    resource.setrlimit(resource.RLIMIT_AS, (taken + int(share * size), resource.RLIM_INFINITY))
+    try:
+        SafetensorsFolder(sys.argv[1])
+    except UserError as error:
+        print(error)
+"""
+
+
+def test_a_file_that_there_is_no_room_to_map(tmp_path: Path) -> None:
+    size = 1 << 30
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(header({"a": {"dtype": "F32", "shape": [size // 4], "data_offsets": [0, size]}}, b""))
+    with file.open("ab") as stream:
+        stream.truncate(stream.tell() + size)  # takes no room on disk
+    ended = subprocess.run([sys.executable, "-c", LIMITED, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    # The first has no room for safetensors' mapping, the second none for torch's beside it.
+    first, second = ended.stdout.splitlines()
+    assert first.startswith(f"{file} cannot be opened (") and "ulimit -v" in first
+    assert second.startswith(f"{file} cannot be opened (unable to mmap ") and "ulimit -v" in second
+
+
+def test_a_file_that_cannot_be_read(sharded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object, **settings: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(safetensors_folder, "safe_open", fails)
+    with pytest.raises(UserError, match=r"00001-of-00002.safetensors cannot be opened \(.*Input/output error\)\. It"):
+        read_all(sharded)
