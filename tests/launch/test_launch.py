@@ -77,6 +77,12 @@ def test_success_shares_the_cores_and_returns_zero(tmp_path: Path) -> None:
     assert [(tmp_path / f"rank-{rank}").read_text() for rank in (0, 1)] == [f"2 {threads}"] * 2
 
 
+@pytest.mark.parametrize(("max_restarts", "found"), [(0, "held"), (1, "ECONNREFUSED")])
+def test_nobody_can_take_the_port_of_ranks_that_start_once(tmp_path: Path, max_restarts: int, found: str) -> None:
+    assert run_to_end("look_at_the_port", tmp_path, max_restarts) == (0, "")
+    assert [(tmp_path / f"port-{rank}").read_text() for rank in (0, 1)] == [found] * 2
+
+
 def test_the_users_thread_count_is_kept(tmp_path: Path) -> None:
     assert run_to_end("succeed", tmp_path, OMP_NUM_THREADS="5")[0] == 0
     assert (tmp_path / "rank-0").read_text() == "2 5"

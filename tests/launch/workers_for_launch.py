@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -68,6 +70,13 @@ def fail_once(rank: int, folder: Path) -> None:
     succeed(rank, folder)
 
 
+def look_at_the_port(rank: int, folder: Path) -> None:
+    """Whether the port on which the ranks will meet is held before any of them has opened it."""
+    with socket.socket() as client:
+        status = client.connect_ex((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])))
+    (folder / f"port-{rank}").write_text("held" if status == 0 else errno.errorcode[status])
+
+
 def wait_for_the_end(rank: int, folder: Path) -> None:
     """Be there, with a grandchild in a session of its own, until something ends this process."""
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
@@ -92,6 +101,7 @@ BEHAVIOURS = {
         killed,
         unequal_exit,
         fail_once,
+        look_at_the_port,
         wait_for_the_end,
         deaf,
     )
