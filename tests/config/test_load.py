@@ -166,7 +166,7 @@ def test_relative_paths_are_left_alone(tmp_path: Path, monkeypatch: pytest.Monke
         ({"lr": 1}, "lr is not a setting. Did you mean 'optimizer.lr'?"),
         ({"optimizer__train_steps": 1}, "optimizer.train_steps is not a setting. Did you mean 'schedule.train_steps'?"),
         ({"teacher__xyz": 1}, "teacher.xyz is not a setting. teacher has source, path, dtype, "
-         "parallel, signal_window and offload."),
+         "parallel, placement, ranks, prefetch_steps, signal_window and offload."),
         ({"run": {"output_dir": "x", 1: 2}}, "run.1 is not a setting. run has name, output_dir, "),
         ({"optimizer__lr": "fast"}, "optimizer.lr is 'fast'; it must be a number."),
         ({"optimizer__lr": "1"}, "optimizer.lr is '1'; it must be a number."),
