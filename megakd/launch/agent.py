@@ -23,7 +23,8 @@ def main(argv: list[str]) -> int:
     # Queues and service managers send these to every process of a job, where they mean to save and end. What the
     # launcher wants to end it ends with END_SIGNAL.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # Blocked, as the ranks inherit it: with this one torchrun ends them, and one that is only starting hears it later.
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
 
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

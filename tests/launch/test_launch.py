@@ -136,6 +136,18 @@ def test_an_exit_without_a_message_is_named_with_its_status(tmp_path: Path) -> N
     assert errors.splitlines()[-1] == "error: rank 0 ended with status 7 and no message"
 
 
+def test_a_rank_that_is_only_starting_hears_torchrun(tmp_path: Path) -> None:
+    """What ends the others when one has failed must not be lost on a rank: torchrun would wait half a minute for it."""
+    log = tmp_path / "logs" / "torchrun.log"
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, pathlib, time\nif os.environ.get('RANK') == '1':\n"
+        f"    while 'closing signal SIGTERM' not in pathlib.Path({str(log)!r}).read_text():\n        time.sleep(0.01)\n"
+    )
+    status, errors = run_to_end("unequal_exit", tmp_path, PYTHONPATH=str(tmp_path))
+    assert (status, errors.splitlines()[-1]) == (1, "error: rank 0 ended with status 7 and no message")
+    assert "Unable to shutdown" not in log.read_text()
+
+
 def test_a_restart_can_succeed_and_shows_why_it_was_needed(tmp_path: Path) -> None:
     status, errors = run_to_end("fail_once", tmp_path, max_restarts=1)
     assert status == 0
