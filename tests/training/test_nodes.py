@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from megakd.config.load import config_from_dict, dump_config
+from tests.training.interrupted import run_distill
 from tests.training.jobs import ROOT, TIMEOUT_SECONDS, Job
 from tests.training.networks import Network, two_machines
 from tests.training.runs import layout, run_values, write_run_files
@@ -41,11 +42,10 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of one node with as many ranks."""
+def whole(files: Path, tmp_path_factory: pytest.TempPathFactory, run_ranks: Callable[..., list[Any]]) -> Path:
+    """A run of as many ranks on one node, which no launcher started."""
     out = tmp_path_factory.mktemp("whole")
-    job = Job(values_of(files, out), 2)
-    assert job.end() == 0, job.log[-3000:]
+    run_ranks(2, run_distill, values_of(files, out))
     return out
 
 
@@ -80,65 +80,91 @@ def last_line(job: Job) -> str:
     return job.log.splitlines()[-1]
 
 
+def assert_both_end_with(nodes: list[Job], node: int, reason: str) -> None:
+    """Both nodes fail, the other one for what befell `node`."""
+    assert [job.end() for job in nodes] == [1, 1]
+    assert last_line(nodes[node]) == f"error: {reason}"
+    assert last_line(nodes[1 - node]) == f"error: node {node} ({socket.gethostname()}): {reason}"
+
+
+def assert_resumed(nodes: list[Job]) -> None:
+    assert "resumed from" in nodes[0].log + nodes[1].log
+
+
 def assert_goes_on(start: Start, whole: Path, out: Path) -> None:
     """The same commands resume and end with the weights of a run that nothing disturbed."""
     nodes = start(worker="megakd.launch.worker")
     assert [job.end() for job in nodes] == [0, 0], [job.log[-3000:] for job in nodes]
-    assert "resumed from" in nodes[0].log + nodes[1].log
+    assert_resumed(nodes)
     assert_same_run(out, whole, STEPS)
 
 
+def kill_torchrun(nodes: list[Job], node: int) -> None:
+    os.kill(nodes[node].agent().pid, signal.SIGKILL)
+    assert_both_end_with(nodes, node, "torchrun was killed by SIGKILL; all ranks were ended")
+
+
+def assert_a_signal_saves_and_stops(nodes: list[Job], pids: list[int]) -> None:
+    for pid in pids:
+        os.kill(pid, signal.SIGUSR1)
+    assert [job.end() for job in nodes] == [75, 75], [job.log[-3000:] for job in nodes]
+    assert last_line(nodes[1]) == "stopped by SIGUSR1 after a checkpoint; the same command goes on from it"
+
+
+def test_no_node_outlives_the_other_and_the_same_commands_go_on(whole: Path, tmp_path: Path, start: Start) -> None:
+    """One run in four jobs, since a job takes long to start; in each something else befalls one node."""
+    nodes = start(max_restarts=3)
+    nodes[0].wait_for_step(7)
+    kill_torchrun(nodes, 0)
+
+    # A launcher, and torchrun with it: nobody is left there to say why.
+    nodes = start(max_restarts=3)
+    nodes[0].wait_for_step(14)
+    os.kill(nodes[1].process.pid, signal.SIGKILL)
+    assert nodes[0].end() == 1
+    assert last_line(nodes[0]).startswith(f"error: node 1 ({socket.gethostname()}) gave no sign of life for 3")
+    assert_resumed(nodes)
+
+    nodes = start()
+    nodes[0].wait_for_step(21)
+    assert_a_signal_saves_and_stops(nodes, [nodes[1].process.pid])
+    assert_resumed(nodes)
+
+    # A rank is started again, on both nodes.
+    nodes = start(max_restarts=3)
+    nodes[0].wait_for_step(30)
+    os.kill(nodes[1].rank_pids()[0], signal.SIGKILL)
+    assert [job.end() for job in nodes] == [0, 0], [job.log[-3000:] for job in nodes]
+    assert nodes[0].log.count("resumed from") == 2
+    assert_same_run(tmp_path, whole, STEPS)
+
+
+@pytest.mark.slow
 def test_two_nodes_end_as_one_with_as_many_ranks(whole: Path, tmp_path: Path, start: Start) -> None:
     nodes = start(worker="megakd.launch.worker")
     assert [node.end() for node in nodes] == [0, 0], [node.log[-3000:] for node in nodes]
     assert_same_run(tmp_path, whole, STEPS)
 
 
-@pytest.mark.parametrize(("node", "max_restarts"), [(0, 3), (1, 0)])
-def test_a_killed_torchrun_ends_the_other_node_with_the_reason(
-    whole: Path, tmp_path: Path, start: Start, node: int, max_restarts: int
+@pytest.mark.slow
+def test_a_killed_torchrun_of_the_second_node_ends_the_first(whole: Path, tmp_path: Path, start: Start) -> None:
+    """Where no restart is allowed either."""
+    nodes = start()
+    nodes[0].wait_for_step(12)
+    kill_torchrun(nodes, 1)
+    assert_goes_on(start, whole, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_signal_to_every_process_of_both_nodes_saves_and_stops_them(
+    whole: Path, tmp_path: Path, start: Start
 ) -> None:
-    nodes = start(max_restarts)
-    nodes[0].wait_for_step(12)
-    os.kill(nodes[node].agent().pid, signal.SIGKILL)
-    assert [job.end() for job in nodes] == [1, 1]
-    reason = "torchrun was killed by SIGKILL; all ranks were ended"
-    assert last_line(nodes[node]) == f"error: {reason}"
-    assert last_line(nodes[1 - node]) == f"error: node {node} ({socket.gethostname()}): {reason}"
-    if max_restarts == 0:
-        assert_goes_on(start, whole, tmp_path)
-
-
-def test_a_silent_node_ends_the_other(start: Start) -> None:
-    """Its launcher is killed, and torchrun with it: nobody is left there to say why."""
-    nodes = start(max_restarts=3)
-    nodes[0].wait_for_step(12)
-    os.kill(nodes[1].process.pid, signal.SIGKILL)
-    assert nodes[0].end() == 1
-    assert last_line(nodes[0]).startswith(f"error: node 1 ({socket.gethostname()}) gave no sign of life for 3")
-
-
-def test_a_killed_rank_is_started_again_on_both_nodes(whole: Path, tmp_path: Path, start: Start) -> None:
-    nodes = start(max_restarts=3)
-    nodes[0].wait_for_step(12)
-    os.kill(nodes[1].rank_pids()[0], signal.SIGKILL)
-    assert [job.end() for job in nodes] == [0, 0], [job.log[-3000:] for job in nodes]
-    assert_same_run(tmp_path, whole, STEPS)
-
-
-@pytest.mark.parametrize("to", ["the launcher of one node", "every process of both nodes"])
-def test_a_signal_saves_and_stops_both_nodes(whole: Path, tmp_path: Path, start: Start, to: str) -> None:
-    """Slurm sends its warning to all processes of a step at once."""
+    """Slurm sends its warning to all processes of a step at once; its script is tried below."""
     nodes = start()
     nodes[0].wait_for_step(7)
-    pids = [nodes[1].process.pid]
-    if to == "every process of both nodes":
-        found = [psutil.Process(job.process.pid) for job in nodes]
-        pids = [process.pid for job in found for process in (*job.children(recursive=True), job)]
-    for pid in pids:
-        os.kill(pid, signal.SIGUSR1)
-    assert [job.end() for job in nodes] == [75, 75], [job.log[-3000:] for job in nodes]
-    assert last_line(nodes[1]) == "stopped by SIGUSR1 after a checkpoint; the same command goes on from it"
+    found = [psutil.Process(job.process.pid) for job in nodes]
+    pids = [process.pid for job in found for process in (*job.children(recursive=True), job)]
+    assert_a_signal_saves_and_stops(nodes, pids)
     assert_goes_on(start, whole, tmp_path)
 
 
