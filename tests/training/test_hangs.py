@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 
 import psutil
 import pytest
@@ -12,23 +11,36 @@ import pytest
 from tests.training.jobs import Job
 from tests.training.runs import layout, run_values, write_run_files
 
+HOW = ("sleep", "stop")
+
+
+@pytest.fixture(scope="module")
+def all_hung(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Job]]:
+    """By how rank 1 stops: a job of two ranks that has ended for it. They wait for one another side by side."""
+    jobs: dict[str, Job] = {}
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            for how in HOW:
+                patch.setenv("HANG", how)
+                values = run_values(
+                    write_run_files(tmp_path_factory.mktemp(how)), **layout(2), schedule__train_steps=1000,
+                    checkpoint__save_interval=5, safeguards__hang_timeout_seconds=20.0,
+                )  # fmt: skip
+                jobs[how] = Job(values, 2, max_restarts=3, worker="tests.training.hanging_worker")
+        ranks = {how: job.rank_pids() for how, job in jobs.items()}
+        for how, job in jobs.items():
+            assert job.end() == 1, job.log[-5000:]
+            assert not any(psutil.pid_exists(pid) for pid in ranks[how])
+        yield jobs
+    finally:
+        for job in jobs.values():
+            job.kill()
+
 
 @pytest.fixture
-def hung(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Job]:
+def hung(request: pytest.FixtureRequest, all_hung: dict[str, Job]) -> Job:
     """A job of two ranks that has ended because rank 1 stopped."""
-    monkeypatch.setenv("HANG", request.param)
-    values = run_values(
-        write_run_files(tmp_path), **layout(2), schedule__train_steps=1000, checkpoint__save_interval=5,
-        safeguards__hang_timeout_seconds=20.0,
-    )  # fmt: skip
-    job = Job(values, 2, max_restarts=3, worker="tests.training.hanging_worker")
-    try:
-        ranks = job.rank_pids()
-        assert job.end() == 1, job.log[-5000:]
-        assert not any(psutil.pid_exists(pid) for pid in ranks)
-        yield job
-    finally:
-        job.kill()
+    return all_hung[request.param]
 
 
 @pytest.mark.parametrize("hung", ["sleep"], indirect=True)
