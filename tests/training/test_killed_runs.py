@@ -20,10 +20,10 @@ from tests.training.jobs import TIMEOUT_SECONDS, Job, is_saving
 from tests.training.runs import layout, records, run_values, weights, write_run_files
 
 SLOW = "tests.training.interruptible_worker"
-KILLS, MANY_KILLS = 10, 200
+KILLS, MANY_KILLS = 5, 200
 STEPS_PER_KILL = 20
-# How a kill's moment is chosen; a third of all while a checkpoint is written.
-MOMENTS = ("saving", "training", "anywhere")
+# How a kill's moment is chosen, in turn; half of all while a checkpoint is written, three of the first five.
+MOMENTS = ("saving", "training", "saving", "anywhere")
 
 
 @pytest.fixture(scope="module")
@@ -124,24 +124,6 @@ def whole(files: Path, tmp_path_factory: pytest.TempPathFactory, run_ranks: Call
     return out
 
 
-def test_without_restarts_a_killed_rank_ends_the_job_soon_with_the_reason(
-    files: Path, whole: Path, tmp_path: Path, jobs: list[Job]
-) -> None:
-    jobs.append(Job(job_values(files, tmp_path, 40), 2, worker=SLOW))
-    jobs[0].wait_for_step(12)
-    os.kill(jobs[0].rank_pids()[1], signal.SIGKILL)
-    killed = time.monotonic()
-    assert jobs[0].end() == 1
-    assert time.monotonic() - killed < 60
-    assert jobs[0].log.splitlines()[-1].startswith("error: rank ")
-    assert "was killed by SIGKILL" in jobs[0].log.splitlines()[-1]
-    # The same command goes on.
-    jobs.append(Job(job_values(files, tmp_path, 40), 2))
-    assert jobs[1].end() == 0, jobs[1].log[-3000:]
-    assert "resumed from" in jobs[1].log
-    assert_same_run(tmp_path, whole, 40)
-
-
 @pytest.fixture
 def goes_on(files: Path, whole: Path, tmp_path: Path, run_ranks: Callable[..., list[Any]]) -> Callable[[], None]:
     """`goes_on()`: what a job left is resumed from, in the pool (that the command does so is tried above)."""
@@ -152,6 +134,39 @@ def goes_on(files: Path, whole: Path, tmp_path: Path, run_ranks: Callable[..., l
         assert_same_run(tmp_path, whole, 40)
 
     return goes_on
+
+
+def assert_saves_on(job: Job, number: signal.Signals, out: Path, *, at_least: int) -> None:
+    """A signal to its launcher ends a job of 40 steps, none of which it was to save, with a checkpoint of the last."""
+    before = {path.name for path in (out / "run" / "checkpoints").glob("step-*")}
+    job.process.send_signal(number)
+    assert job.end() == 75, job.log[-3000:]
+    last = job.log.splitlines()[-1]
+    assert last == f"stopped by {number.name} after a checkpoint; the same command goes on from it"
+    steps = len(records(out))
+    assert at_least <= steps < 40
+    saved = {path.name for path in (out / "run" / "checkpoints").iterdir()} - before
+    assert saved == {f"step-{steps:08d}"}
+
+
+def test_without_restarts_a_killed_rank_ends_the_job_soon_with_the_reason(
+    files: Path, tmp_path: Path, jobs: list[Job], goes_on: Callable[[], None]
+) -> None:
+    jobs.append(Job(job_values(files, tmp_path, 40), 2, worker=SLOW))
+    jobs[0].wait_for_step(12)
+    os.kill(jobs[0].rank_pids()[1], signal.SIGKILL)
+    killed = time.monotonic()
+    assert jobs[0].end() == 1
+    assert time.monotonic() - killed < 60
+    assert jobs[0].log.splitlines()[-1].startswith("error: rank ")
+    assert "was killed by SIGKILL" in jobs[0].log.splitlines()[-1]
+    # The same command goes on, and is stopped in its turn.
+    values = job_values(files, tmp_path, 40, checkpoint__save_interval=1000)
+    jobs.append(Job(values, 2, max_restarts=3, worker=SLOW))
+    jobs[1].wait_for_step(17)
+    assert "resumed from" in jobs[1].log
+    assert_saves_on(jobs[1], signal.SIGUSR1, tmp_path, at_least=17)
+    goes_on()
 
 
 @pytest.mark.parametrize("victim", ["torchrun", "launcher"])
@@ -173,19 +188,12 @@ def test_ranks_do_not_outlive_torchrun_or_the_launcher(
     goes_on()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_saves_and_asks_to_be_gone_on_with(
-    files: Path, tmp_path: Path, jobs: list[Job], goes_on: Callable[[], None], number: signal.Signals
+    files: Path, tmp_path: Path, jobs: list[Job], goes_on: Callable[[], None]
 ) -> None:
     jobs.append(Job(job_values(files, tmp_path, 40, checkpoint__save_interval=1000), 2, max_restarts=3))
     jobs[0].wait_for_step(7)
-    jobs[0].process.send_signal(number)
-    assert jobs[0].end() == 75, jobs[0].log[-3000:]
-    last = jobs[0].log.splitlines()[-1]
-    assert last == f"stopped by {number.name} after a checkpoint; the same command goes on from it"
-    steps = len(records(tmp_path))
-    assert 7 <= steps < 40
-    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [f"step-{steps:08d}"]
+    assert_saves_on(jobs[0], signal.SIGTERM, tmp_path, at_least=7)
     goes_on()
 
 
