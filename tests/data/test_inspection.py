@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,6 +27,16 @@ def shown(prefix: Path, **options: int | str) -> str:
     out = io.StringIO()
     inspect_tokens(prefix, out=out, **options)  # type: ignore[arg-type]
     return out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def tool() -> Any:
+    """The tool as a module, for tests that need no process of its own: megatron-core takes seconds to import."""
+    spec = importlib.util.spec_from_file_location("preprocess_data", TOOL)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -62,15 +74,12 @@ def test_chats_through_the_tool(tmp_path: Path, workers: int) -> None:
     assert "User: <|eot_id|>\n" in done.stdout
 
 
-def test_instructions_through_the_tool(tmp_path: Path) -> None:
+def test_instructions_through_the_tool(tmp_path: Path, tool: Any) -> None:
     folder = byte_level(tmp_path / "tokenizer")
     (tmp_path / "in.csv").write_text("prompt,response,system\nq,r,\n")
     prefix = tmp_path / "out"
-    done = run(
-        *("--input", str(tmp_path / "in.csv"), "--output-prefix", str(prefix), "--tokenizer", str(folder)),
-        *("--prompt-template", "Q: {prompt}\nA: "),
-    )
-    assert done.returncode == 0, done.stderr
+    options = ["--input", str(tmp_path / "in.csv"), "--output-prefix", str(prefix), "--tokenizer", str(folder)]
+    assert tool.main([*options, "--prompt-template", "Q: {prompt}\nA: "]) == 0
     assert shown(prefix).endswith("document 0: 10 tokens, 2 counted (2 in the response)\nQ: q\nA: ⟦r</s>⟧\n")
 
 
@@ -85,7 +94,7 @@ def test_text_has_borders_and_special_tokens(sentencepiece_file: Path, tmp_path:
     assert shown(tmp_path / "text", start=1).count("── document") == 2
 
 
-def test_colours_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_colours_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tool: Any) -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
             return True
@@ -95,13 +104,13 @@ def test_colours_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     folder = byte_level(tmp_path / "tokenizer")
     (tmp_path / "in.jsonl").write_text(json.dumps({"prompt": "[bold]q", "response": "r"}))
     options = ["--input", str(tmp_path / "in.jsonl"), "--output-prefix", str(tmp_path / "out")]
-    assert run(*options, "--tokenizer", str(folder)).returncode == 0
+    assert tool.main([*options, "--tokenizer", str(folder)]) == 0
     out = Terminal()
     inspect_tokens(tmp_path / "out", out=out)
     assert "[bold]q\x1b[1;32mr</s>\x1b[0m" in out.getvalue() and "⟦" not in out.getvalue()
 
 
-def test_refusals(sentencepiece_file: Path, tmp_path: Path) -> None:
+def test_refusals(sentencepiece_file: Path, tmp_path: Path, tool: Any, capsys: pytest.CaptureFixture[str]) -> None:
     prefix = tmp_path / "text"
     write_documents(["one"], prefix, load_tokenizer(sentencepiece_file))
     with pytest.raises(UserError, match="--start is 1; .* has documents 0 to 0"):
@@ -112,5 +121,7 @@ def test_refusals(sentencepiece_file: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="the tokenizer is not known. Give --tokenizer"):
         shown(prefix)
     assert "one" in shown(prefix, tokenizer_path=str(sentencepiece_file))
-    done = run("inspect", str(tmp_path / "nothing"), "--tokenizer", str(sentencepiece_file))
-    assert done.returncode == 2 and done.stderr.startswith("error: PREFIX is ") and done.stderr.count("\n") == 1
+    capsys.readouterr()
+    assert tool.main(["inspect", str(tmp_path / "nothing"), "--tokenizer", str(sentencepiece_file)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: PREFIX is ") and error.count("\n") == 1
