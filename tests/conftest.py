@@ -15,8 +15,14 @@ from hypothesis import settings
 from megakd.common.logging import log
 from tests.workers import RankPools
 
-# Files that take longest. Where files are handed out to processes these come first, so that none is left at the end.
-LONGEST = ("tests/training/test_killed_runs.py", "tests/training/test_nodes.py", "tests/training/test_hangs.py")
+# Files that take longest, the longest first. Where files are handed out to processes they come in this order, so that
+# none is left at the end.
+LONGEST = (
+    "tests/training/test_killed_runs.py", "tests/training/test_nodes.py", "tests/training/test_against_transformers.py",
+    "tests/training/test_resuming.py", "tests/training/test_teacher_layouts.py", "tests/cli/test_cache_commands.py",
+    "tests/training/test_experts.py", "tests/training/test_cached_teacher.py", "tests/training/test_hangs.py",
+    "tests/data/test_inspection.py", "tests/launch/test_launch.py",
+)  # fmt: skip
 
 # Nothing here is timed: machines that run tests do other things too.
 settings.register_profile("megakd", deadline=None)
@@ -25,7 +31,8 @@ settings.load_profile("megakd")
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:
-        items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
+        places = {name: place for place, name in enumerate(LONGEST)}
+        items.sort(key=lambda item: places.get(item.nodeid.partition("::")[0], len(LONGEST)))
 
 
 @pytest.fixture(scope="session")
