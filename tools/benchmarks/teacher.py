@@ -144,6 +144,7 @@ def _measure(side: Side, rounds: int) -> dict[str, list[float]]:
     kinds: dict[str, Callable[[], float]] = {
         "student": lambda: side.alone(is_student, lambda: side.train(known)),
         "teacher": lambda: side.alone(not is_student, lambda: stage.run(side.of_teacher)),
+        "in turn": lambda: side.alone(is_student, lambda: (stage.run(side.of_teacher), side.train(known))),
         "colocated": lambda: side.alone(is_student, lambda: side.train(colocated)),
         "offload": lambda: side.alone(is_student, lambda: side.train(parked)),
         **{f"prefetch {n}": partial(side.prefetched, n) for n in PREFETCH},
@@ -193,7 +194,6 @@ def main() -> None:
         process.join()
     seconds = {name: values if any(values) else found[1][name] for name, values in found[0].items()}
     slower = [max(both) for both in zip(seconds["student"], seconds["teacher"], strict=True)]
-    in_turn = [sum(both) for both in zip(seconds["student"], seconds["teacher"], strict=True)]
     result = {
         "machine": measure.machine(),
         "seconds": {name: statistics.median(values) for name, values in seconds.items()},
@@ -201,7 +201,8 @@ def main() -> None:
             f"prefetch {n}": measure.median_ratio(seconds[f"prefetch {n}"], slower) for n in PREFETCH
         },
         "to both in turn": {
-            name: measure.median_ratio(seconds[name], in_turn) for name in ("colocated", "offload", "prefetch 0")
+            name: measure.median_ratio(seconds[name], seconds["in turn"])
+            for name in ("colocated", "offload", "prefetch 0")
         },
     }
     if arguments.json:
@@ -218,12 +219,12 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value, text in (
-        ("rounds", 7, "rounds that are counted"),
+        ("rounds", 11, "rounds that are counted"),
         ("steps", 4, "steps in a row of a teacher that is ahead"),
         ("samples", 8, "of a step, two to one of the teacher's microbatches"),
-        ("sequence", 256, "positions of a sample"),
+        ("sequence", 128, "positions of a sample"),
         ("vocab", 8192, "ids"),
-        ("student-layers", 4, ""), ("student-hidden", 384, ""), ("teacher-layers", 8, ""), ("teacher-hidden", 640, ""),
+        ("student-layers", 4, ""), ("student-hidden", 256, ""), ("teacher-layers", 8, ""), ("teacher-hidden", 512, ""),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=value, help=f"{text} (default: {value})".strip())
     parser.add_argument("--json", action="store_true", help="print figures as JSON")
