@@ -76,6 +76,7 @@ class TeacherSide:
         try:
             for step in range(task.first_step, task.steps):
                 if trains:
+                    self.watchdog.enter("reading data", step + 1)
                     if not self._serve(self._training(batches.microbatches(step)), step + 1):
                         return
                     self.server.turns.step_done(step)
