@@ -20,7 +20,8 @@ from tests.workers import RankPools
 LONGEST = (
     "tests/training/test_killed_runs.py", "tests/training/test_nodes.py", "tests/training/test_against_transformers.py",
     "tests/training/test_resuming.py", "tests/training/test_teacher_layouts.py", "tests/cli/test_cache_commands.py",
-    "tests/training/test_experts.py", "tests/training/test_cached_teacher.py", "tests/training/test_hangs.py",
+    "tests/training/test_dedicated_teacher.py", "tests/training/test_experts.py",
+    "tests/training/test_cached_teacher.py", "tests/training/test_hangs.py",
     "tests/data/test_inspection.py", "tests/launch/test_launch.py",
 )  # fmt: skip
 

@@ -27,15 +27,6 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def jobs() -> Iterator[list[Job]]:
-    """Jobs that end with the test."""
-    started: list[Job] = []
-    yield started
-    for job in started:
-        job.kill()
-
-
-@pytest.fixture
 def run_once() -> Iterator[Callable[..., list[Any]]]:
     """`run_ranks` in a pool that is left afterwards: what a teacher sent ahead to a run that stopped is still there."""
     pools = RankPools()

@@ -7,7 +7,7 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +29,6 @@ MOMENTS = ("saving", "training", "saving", "anywhere")
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_run_files(tmp_path_factory.mktemp("files"))
-
-
-@pytest.fixture
-def jobs() -> Iterator[list[Job]]:
-    """Jobs that end with the test."""
-    started: list[Job] = []
-    yield started
-    for job in started:
-        job.kill()
 
 
 def job_values(files: Path, out: Path, steps: int, **settings: Any) -> dict[str, Any]:
