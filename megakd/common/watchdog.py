@@ -29,7 +29,7 @@ class Hang:
     Attributes:
         progress: how many phases it had entered; of ranks that wait for each other the one behind has fewer.
         stacks: of all its threads, the most recent call first.
-        waits: it was told to wait for others however long they take.
+        waits: it waited for others that it knew to live, until they told or gave no more signs of it.
     """
 
     rank: int
@@ -85,7 +85,7 @@ class Watchdog:
         """Say what comes next, in words that stand after "in".
 
         Args:
-            waits: for others, however long they take.
+            waits: for others, with a `beat` as long as they are known to live.
         """
         self._phase, self._step, self._waits = phase, self._step if step is None else step, waits
         self._progress += 1
@@ -109,7 +109,7 @@ class Watchdog:
         assert self._timeout is not None
         while not self._closed.wait(min(1.0, self._timeout / 10)):
             seconds = time.monotonic() - self._beat
-            if self._others_hang() if self._waits else seconds > self._timeout:
+            if seconds > self._timeout or (self._waits and self._others_hang()):
                 self._tell(seconds)
                 if not self._closed.wait(GRACE_SECONDS):
                     os._exit(HANG_STATUS)

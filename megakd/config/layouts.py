@@ -67,11 +67,16 @@ def prefetch_steps(config: Config) -> int:
 
 def windows_per_step(config: Config, students: int) -> int:
     """The teacher's turns in a step on so many of the student's ranks, if it has any."""
-    assert config.teacher is not None
-    if config.teacher.signal_window is None:
-        return 1
     replicas = students // ranks_per_replica(config.parallel)
-    return config.data.global_batch_size // (config.data.micro_batch_size * replicas * config.teacher.signal_window)
+    window = config.data.micro_batch_size * replicas * window_microbatches(config, students)
+    return config.data.global_batch_size // window
+
+
+def window_microbatches(config: Config, students: int) -> int:
+    """The student's microbatches whose signals are held at a time in training."""
+    replicas = students // ranks_per_replica(config.parallel)
+    count = config.data.global_batch_size // (config.data.micro_batch_size * replicas)
+    return count if config.teacher is None else config.teacher.signal_window or count
 
 
 def has_own_layout(config: Config) -> bool:

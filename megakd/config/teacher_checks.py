@@ -27,6 +27,14 @@ def check_teacher_placement(config: Config) -> None:
                 "teacher.placement is dedicated and teacher.ranks is null; it must say how many of the job's ranks "
                 "are the teacher's. Set teacher.ranks, or teacher.placement to colocated."
             )
+        data = config.data
+        held_out = (data.valid, data.valid_fraction, data.test, data.test_fraction)
+        if config.distill.kd_weight == 0 and held_out == (None,) * 4:
+            raise UserError(
+                "teacher.placement is dedicated, distill.kd_weight is 0 and no held-out data is named; the teacher's "
+                "ranks would have nothing to do. Set distill.kd_weight above 0, data.valid or data.valid_fraction to "
+                "measure against the teacher, or leave the teacher section out."
+            )
         if teacher.offload != "none":
             raise UserError(
                 f"teacher.offload is {teacher.offload} and has no effect with teacher.placement dedicated, whose "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,9 +16,6 @@ from megakd.models.microbatch import run_stage
 from megakd.parallel.mesh import ModelMesh
 from megakd.parallel.pipeline import run_pipeline
 from megakd.teacher import DenseTeacher
-
-# The student's microbatches that it and its teacher go through at a time.
-EVALUATION_WINDOW = 8
 
 _Pair = tuple[dict[str, Tensor], DenseSignal | None]
 
@@ -49,7 +46,7 @@ def evaluate(
     vocab_size: int,
     chunk_mib: int | None,
     sequence_parallel: bool,
-    window: int = EVALUATION_WINDOW,
+    window: int,
 ) -> Scores:
     """Run the model forward over held-out microbatches, `window` of them at a time.
 
@@ -85,7 +82,9 @@ def evaluate(
         return run_stage(stage, batch), measure
 
     for batches in _windows(microbatches, window):
-        signals = teacher.signals(batches) if teacher is not None else [None] * len(batches)
+        signals: Sequence[DenseSignal | None] = [None] * len(batches)  # and not those of the window before
+        if teacher is not None:
+            signals = teacher.signals(batches)
         micro_batch_size, sequence_length = batches[0]["tokens"].shape
         records = run_pipeline(
             mesh, model, forward_step, list(zip(batches, signals, strict=True)), num_microbatches=len(batches),

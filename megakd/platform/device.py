@@ -86,15 +86,15 @@ def init_distributed(platform: Platform, timeout: timedelta = DEFAULT_TIMEOUT) -
     """
     if dist.is_initialized():
         return
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+    if is_launched():
         dist.init_process_group(platform.backend, timeout=timeout)
     else:
         dist.init_process_group(platform.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
 
 
-def job_rank() -> int:
-    """This process's number among all of the launcher's, whatever worlds they form."""
-    return int(os.environ.get("RANK", "0"))
+def is_launched() -> bool:
+    """Whether torchrun, or something like it, started this process."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def launcher_store(timeout: timedelta = DEFAULT_TIMEOUT) -> tuple[dist.Store, int, int]:

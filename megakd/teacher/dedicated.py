@@ -57,22 +57,22 @@ class TeacherServer:
     Args:
         bridge: in ranks of the job.
         group: joins the ranks of both sides.
-        lookahead: windows that may be on their way to a student that has not begun with them.
     """
 
-    def __init__(self, stage: TeacherStage, bridge: Bridge, group: Any, turns: TeacherTurns, lookahead: int) -> None:
+    def __init__(self, stage: TeacherStage, bridge: Bridge, group: Any, turns: TeacherTurns) -> None:
+        self.turns = turns
         self._stage, self._bridge, self._group = stage, bridge, group
-        self.turns, self._lookahead = turns, lookahead
         # Buffers must stay as they are until they are sent.
         self._leaving: deque[tuple[dict[int, Tensor], list[Any]]] = deque()
+        self._sent = 0
 
     def may_compute(self, microbatches: Sequence[Batch], window: Window) -> bool:
         """Wait until the student is near enough to a window; False where it has ended."""
-        return self.turns.may_compute(window_label(microbatches, window))
+        return self.turns.may_compute(window_label(microbatches, window), window.samples)
 
     def compute(self, microbatches: Sequence[Batch], window: Window) -> None:
         """Compute a window, and begin to send it."""
-        while len(self._leaving) > self._lookahead:
+        while self._leaving and self._sent < self.turns.begun - 1:
             self._let_go()
         packed = self._bridge.pack(self._stage.run(microbatches), window)
         self._leaving.append((packed, [self._group.send([tensor], rank, 0) for rank, tensor in packed.items()]))
@@ -82,6 +82,7 @@ class TeacherServer:
         for work in self._leaving[0][1]:
             work.wait()
         self._leaving.popleft()
+        self._sent += 1
 
     @property
     def held_bytes(self) -> int:
@@ -90,5 +91,5 @@ class TeacherServer:
 
 
 def window_label(microbatches: Sequence[Batch], window: Window) -> str:
-    """What the first rank of either side calls a window: by its first sample, which both have."""
+    """What the first rank of either side calls a window: by its size and its first sample, which both have."""
     return f"{window.samples} samples from {int(microbatches[0]['sample_ids'][0])}"

@@ -14,10 +14,9 @@ from megakd.data.batches import Batch
 from megakd.losses import DenseSignal
 from megakd.models.gpt import HiddenStateGPT
 from megakd.parallel.bridge import Bridge
-from megakd.parallel.mesh import ModelMesh
 from megakd.parallel.pieces import Window
 from megakd.teacher.parking import ParkedWeights
-from megakd.teacher.regrouping import regroup
+from megakd.teacher.regrouping import Placement, regroup
 from megakd.teacher.stage import TeacherStage
 
 
@@ -26,13 +25,11 @@ class Crossing:
     """What it takes where the teacher's layout is another than the student's.
 
     Attributes:
-        student_mesh: the mesh that asks for signals.
-        micro_batch_size: the teacher's.
         bridge: from the teacher's last stage to the student's, in ranks of the world.
     """
 
-    student_mesh: ModelMesh
-    micro_batch_size: int
+    student: Placement
+    teacher: Placement
     bridge: Bridge
 
 
@@ -75,17 +72,10 @@ class OnlineTeacher:
 
     def _run_across(self, crossing: Crossing, microbatches: Sequence[Batch]) -> list[Tensor]:
         """This rank's stretches of the sequence of the student's microbatches, on the student's last stage."""
-        mesh = self._stage.mesh
-        own = regroup(
-            microbatches,
-            crossing.student_mesh.groups.dp,
-            micro_batch_size=crossing.micro_batch_size,
-            data_parallel_rank=mesh.dp_rank,
-            data_parallel_size=mesh.dp_size,
-        )
+        own = regroup(microbatches, crossing.student, crossing.teacher)
         world = dist.group.WORLD
         assert world is not None
-        window = window_of(microbatches, crossing.student_mesh.dp_size)
+        window = window_of(microbatches, crossing.student.mesh.dp_size)
         return crossing.bridge.carry(self._stage.run(own), window, world)
 
 

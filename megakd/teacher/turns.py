@@ -7,6 +7,7 @@ anything; the first rank of each side speaks for it.
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from megakd.common.stop_request import stop_requested
 
 # How often a teacher that waits tells its ranks so: none of them is to be inside communication for long.
 _SLICE_SECONDS = 1.0
+_SIGN_SECONDS = 0.5
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.0005, 0.02
 _END = "end"
 
@@ -47,18 +49,20 @@ class TeacherTimes:
 
 
 class StudentTurns:
-    """The student's side, on its rank 0 alone."""
+    """The student's side, on its rank 0 alone. A thread of its own gives signs of life as long as the process runs."""
 
     def __init__(self, store: dist.Store) -> None:
         self._store = store
         self._begun = 0
+        self._ended = threading.Event()
+        threading.Thread(target=self._live, name="megakd-signs-of-life", daemon=True).start()
 
     def start(self, task: Task) -> None:
         """Tell the teacher what there is to do."""
         self._store.set("task", json.dumps(asdict(task)))
 
     def begin(self, label: str) -> None:
-        """Say that the next window begins; `label` is one that only the same window of the teacher's has."""
+        """Say that the next window begins; by `label` the teacher sees that it means the same one."""
         self._store.set(f"begun {self._begun}", label)
         self._begun += 1
 
@@ -67,6 +71,7 @@ class StudentTurns:
         self._store.set("ended", "")
         self._store.set(f"begun {self._begun}", _END)
         _take(self._store, "noted")
+        self._ended.set()
 
     def stop_wish(self) -> str | None:
         """What a rank of the teacher's was told to stop for."""
@@ -76,40 +81,51 @@ class StudentTurns:
         """Of a step whose signals have come, counted from 0."""
         return TeacherTimes(**json.loads(_take(self._store, f"times {step}")))
 
+    def _live(self) -> None:
+        store = self._store.clone()  # type: ignore[attr-defined]  # the other one waits at times
+        while not self._ended.wait(_SIGN_SECONDS):
+            store.add("signs of life", 1)
+
 
 class _Answer(IntEnum):
-    WAIT, COMPUTE, STOP = range(3)
+    WAIT, SILENT, COMPUTE, STOP = range(4)
 
 
 class TeacherTurns:
     """The teacher's side. All methods are collective over its world.
 
     Args:
-        lookahead: windows that may be computed before the student begins with them.
+        ahead: samples of windows that the student has not begun, which may be computed all the same.
         device: where the world's tensors are.
+        beat: called while the student gives signs of life and this side waits for it.
     """
 
-    def __init__(self, store: dist.Store, lookahead: int, device: torch.device) -> None:
-        self._store, self._lookahead, self._device = store, lookahead, device
-        self._labels: deque[str] = deque()  # of windows that the student is not known to have begun, in order
-        self._count = 0
+    def __init__(
+        self, store: dist.Store, ahead: int, device: torch.device, beat: Callable[[], None] = lambda: None
+    ) -> None:
+        self._store, self._ahead, self._device, self._beat = store, ahead, device, beat
+        # Of windows that the student is not known to have begun, in order: label and samples.
+        self._open: deque[tuple[str, int]] = deque()
+        self._signs = 0
         self._waited = 0.0
         self._since = time.monotonic()
+        self.begun = 0
 
     def task(self) -> Task:
         """Wait for what there is to do."""
-        self._agree(lambda: _Answer.COMPUTE if self._comes("task") else _Answer.WAIT)
+        self._agree(lambda: _Answer.COMPUTE if self._comes("task") else self._wait())
         return Task(**json.loads(self._store.get("task")))
 
-    def may_compute(self, label: str) -> bool:
+    def may_compute(self, label: str, samples: int) -> bool:
         """Wait until the next window may be computed; False where the student has ended.
+
+        Afterwards `begun` says how many windows the student has begun at least.
 
         Raises:
             RuntimeError: the student's window has another label: the two sides have lost each other.
         """
-        number, self._count = self._count - self._lookahead, self._count + 1
-        self._labels.append(label)
-        return self._agree(lambda: self._ask(number)) is _Answer.COMPUTE
+        self._open.append((label, samples))
+        return self._agree(self._ask) is _Answer.COMPUTE
 
     def step_done(self, step: int) -> None:
         """Tell the student how the time of a step went, counted from 0."""
@@ -121,38 +137,46 @@ class TeacherTurns:
 
     def leave(self) -> None:
         """Wait until the student has ended, and tell it that this rank goes."""
-        self._agree(lambda: _Answer.STOP if self._comes("ended") else _Answer.WAIT)
+        self._agree(lambda: _Answer.STOP if self._comes("ended") else self._wait())
         if self._store.add("left", 1) == dist.get_world_size():
             self._store.set("noted", "")
 
-    def _ask(self, number: int) -> _Answer:
-        """Whether the student has begun window `number`, as far as can be known soon."""
+    def _ask(self) -> _Answer:
+        """Whether the student is near enough to the last window that was asked for, as far as can be known soon."""
         if self._store.check(["ended"]):
             return _Answer.STOP
-        if number < 0:
-            return _Answer.COMPUTE
-        if not self._comes(f"begun {number}"):
-            return _Answer.WAIT
-        begun = _take(self._store, f"begun {number}").decode()
-        if begun == _END:
-            return _Answer.STOP
-        expected = self._labels.popleft()
-        if begun != expected:
-            raise RuntimeError(f"the student's window {number} is {begun!r} and the teacher's is {expected!r}")
+        while self._open and sum(samples for _, samples in self._open) > self._ahead:
+            if not self._comes(f"begun {self.begun}"):
+                return self._wait()
+            begun = _take(self._store, f"begun {self.begun}").decode()
+            if begun == _END:
+                return _Answer.STOP
+            expected, _ = self._open.popleft()
+            if begun != expected:
+                raise RuntimeError(f"the student's window {self.begun} is {begun!r} and the teacher's is {expected!r}")
+            self.begun += 1
         return _Answer.COMPUTE
 
     def _agree(self, ask: Callable[[], _Answer]) -> _Answer:
         """The first rank asks until it has an answer, which all get."""
-        start = time.monotonic()
-        answer = torch.full((1,), _Answer.WAIT, dtype=torch.int32, device=self._device)
-        while answer.item() == _Answer.WAIT:
+        start, answer = time.monotonic(), _Answer.WAIT
+        told = torch.empty(2, dtype=torch.int64, device=self._device)
+        while answer in (_Answer.WAIT, _Answer.SILENT):
             if (wish := stop_requested()) is not None:
                 self._store.set("stop", wish)
             if dist.get_rank() == 0:
-                answer.fill_(ask())
-            dist.broadcast(answer, src=0)
+                told.copy_(torch.tensor([ask(), self.begun]))
+            dist.broadcast(told, src=0)
+            answer, self.begun = _Answer(int(told[0])), int(told[1])
+            if answer is _Answer.WAIT:
+                self._beat()
         self._waited += time.monotonic() - start
-        return _Answer(int(answer.item()))
+        return answer
+
+    def _wait(self) -> _Answer:
+        """Whether the student lives, which is what it has done since this was last asked."""
+        before, self._signs = self._signs, int(self._store.add("signs of life", 0))
+        return _Answer.WAIT if self._signs > before else _Answer.SILENT
 
     def _comes(self, key: str) -> bool:
         """Whether a key comes soon; asked for again and again, since the store's own wait would warn of its end."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +23,6 @@ from megakd.config.layouts import (
     teacher_is_dedicated,
     teacher_micro_batch_size,
     teacher_parallel,
-    windows_per_step,
 )
 from megakd.config.schema import Config, OptimizerSection, ParallelSection
 from megakd.convert import load_head, load_weights
@@ -44,6 +43,7 @@ from megakd.teacher import (
 )
 from megakd.teacher.online import Crossing
 from megakd.teacher.parking import ParkedWeights
+from megakd.teacher.regrouping import Placement
 from megakd.teacher.turns import StudentTurns, TeacherTurns
 from megakd.training.architectures import student_architecture, teacher_architecture
 from megakd.training.teacher_cache import place_samples
@@ -163,7 +163,8 @@ def build_teacher(config: Config, mesh: ModelMesh, student_mesh: ModelMesh, laye
     crossing = None
     if has_own_layout(config):
         bridge = build_bridge(config, student_mesh.ranks, mesh.ranks, dist.get_rank())
-        crossing = Crossing(student_mesh, teacher_micro_batch_size(config), bridge)
+        student = Placement(student_mesh, config.data.micro_batch_size)
+        crossing = Crossing(student, Placement(mesh, teacher_micro_batch_size(config)), bridge)
     # The head stays where it is: the loss needs it while the teacher does not run.
     parked = ParkedWeights(stage.model) if config.teacher.offload == "cpu" else None
     return OnlineTeacher(stage, load_teacher_head(config, student_mesh), crossing, parked)
@@ -176,12 +177,14 @@ def build_remote_teacher(config: Config, joint: Joint, student_mesh: ModelMesh) 
     return RemoteTeacher(load_teacher_head(config, student_mesh), student_mesh, bridge, joint.group, turns)
 
 
-def build_teacher_server(config: Config, joint: Joint, mesh: ModelMesh, layer_spec: str) -> TeacherServer:
-    """What the teacher's own ranks do; `mesh` is over them alone."""
-    lookahead = prefetch_steps(config) * windows_per_step(config, joint.students)
-    turns = TeacherTurns(joint.store, lookahead, torch.device(torch.cuda.current_device()))
+def build_teacher_server(
+    config: Config, joint: Joint, mesh: ModelMesh, layer_spec: str, beat: Callable[[], None]
+) -> TeacherServer:
+    """What the teacher's own ranks do; `mesh` is over them alone, `beat` is called while the student lives."""
+    ahead = prefetch_steps(config) * config.data.global_batch_size
+    turns = TeacherTurns(joint.store, ahead, torch.device(torch.cuda.current_device()), beat)
     bridge = build_bridge(config, *_sides(joint), joint.rank)
-    return TeacherServer(build_stage(config, mesh, layer_spec), bridge, joint.group, turns, lookahead)
+    return TeacherServer(build_stage(config, mesh, layer_spec), bridge, joint.group, turns)
 
 
 def build_stage(config: Config, mesh: ModelMesh, layer_spec: str) -> TeacherStage:

@@ -7,10 +7,23 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from megakd.config.layouts import window_microbatches
 from megakd.config.schema import Config
 from megakd.data.batches import EvaluationBatches
 from megakd.parallel.mesh import ModelMesh
 from megakd.training.train_data import HeldOutData
+
+# More would fill no pipeline better.
+_MOST_MICROBATCHES = 8
+
+
+def evaluation_window(config: Config, students: int) -> int:
+    """The student's microbatches that it and its teacher are measured on at a time: no more than are held in training.
+
+    Args:
+        students: the student's ranks.
+    """
+    return min(_MOST_MICROBATCHES, window_microbatches(config, students))
 
 
 def held_out_batches(

@@ -25,6 +25,7 @@ from megakd.platform import (
     communication_timeout,
     gpu_environment,
     init_distributed,
+    is_launched,
     join_sides,
     launcher_store,
 )
@@ -136,6 +137,11 @@ def _join(config: Config, platform: Platform) -> Joint | None:
         raise UserError(
             "teacher.placement is dedicated and torch.distributed is initialised; it must not be, since each side is a "
             "world of its own. Leave that to megakd, or set teacher.placement to colocated."
+        )
+    if not is_launched():
+        raise UserError(
+            "teacher.placement is dedicated and this process is all there is; the teacher needs teacher.ranks of its "
+            "own beside the student's. Start it under torchrun or launch.sh, or set teacher.placement to colocated."
         )
     store, rank, size = launcher_store(timeout)
     check_dedicated_ranks(config, size)

@@ -43,7 +43,7 @@ from megakd.training.build import (
 )
 from megakd.training.drift import check_changes, describe_contents, find_changes
 from megakd.training.export import export_student, parameters_gathered
-from megakd.training.held_out import held_out_batches
+from megakd.training.held_out import evaluation_window, held_out_batches
 from megakd.training.metrics import MetricsWriter, describe_scores
 from megakd.training.objective import Objective
 from megakd.training.profiling import StepProfiler
@@ -324,6 +324,7 @@ class Run:
             vocab_size=self._objective.vocab_size,
             chunk_mib=self.config.distill.loss_chunk_mib,
             sequence_parallel=self._student.sequence_parallel,
+            window=evaluation_window(self.config, dist.get_world_size()),
         )
 
     def _evaluate(self) -> bool:

@@ -14,13 +14,13 @@ from megakd.config.layouts import (
 from megakd.config.schema import Config, EvaluationSection
 from megakd.config.wording import ranks_per_replica
 from megakd.data.batches import Batch, EvaluationBatches, TrainBatches
-from megakd.evaluation import EVALUATION_WINDOW
 from megakd.parallel.mesh import GroupPool
 from megakd.parallel.pieces import Window
 from megakd.parallel.random_state import seed_megatron
 from megakd.platform import Joint, Platform, communication_timeout, detect_accelerations, resolve_layer_spec
 from megakd.teacher.turns import Task
 from megakd.training.build import build_mesh, build_teacher_server
+from megakd.training.held_out import evaluation_window
 from megakd.training.train_data import held_out_sources, open_held_out_data, open_train_data
 
 _Turn = tuple[Sequence[Batch], Window]
@@ -42,7 +42,7 @@ class TeacherSide:
         pool = GroupPool(communication_timeout(config.safeguards.hang_timeout_seconds))
         self.mesh = build_mesh(teacher_parallel(config), pool)
         seed_megatron(config.run.seed, self.mesh)  # megatron-core asks for its random state, dropout or not
-        self.server = build_teacher_server(config, joint, self.mesh, layer_spec)
+        self.server = build_teacher_server(config, joint, self.mesh, layer_spec, watchdog.beat)
         self._data = open_train_data(config)
         self._held_out = None
         if held_out_sources(config, config.evaluation.split) is not None:
@@ -61,10 +61,26 @@ class TeacherSide:
         self.server.turns.leave()
 
     def _serve_steps(self, task: Task) -> None:
-        evaluation, trains = self.config.evaluation, self.config.distill.kd_weight > 0
+        evaluation = self.config.evaluation
         if evaluation.at_start and task.first_step == 0 and not self._serve(self._evaluation(), 0):
             return
-        batches = TrainBatches(
+        batches = self._train_batches() if self.config.distill.kd_weight > 0 else None
+        try:
+            for step in range(task.first_step, task.steps):
+                if batches is not None:
+                    self.watchdog.enter("reading data", step + 1)
+                    if not self._serve(self._training(batches.microbatches(step)), step + 1):
+                        return
+                    self.server.turns.step_done(step)
+                if evaluates_after(step + 1, task.steps, evaluation) and not self._serve(self._evaluation(), step + 1):
+                    return
+        finally:
+            if batches is not None:
+                batches.close()
+
+    def _train_batches(self) -> TrainBatches:
+        """The teacher's own microbatches of each step."""
+        return TrainBatches(
             self._data.samples,
             self._data.order,
             micro_batch_size=teacher_micro_batch_size(self.config),
@@ -73,17 +89,6 @@ class TeacherSide:
             data_parallel_size=self.mesh.dp_size,
             device=self.platform.device,
         )
-        try:
-            for step in range(task.first_step, task.steps):
-                if trains:
-                    self.watchdog.enter("reading data", step + 1)
-                    if not self._serve(self._training(batches.microbatches(step)), step + 1):
-                        return
-                    self.server.turns.step_done(step)
-                if evaluates_after(step + 1, task.steps, evaluation) and not self._serve(self._evaluation(), step + 1):
-                    return
-        finally:
-            batches.close()
 
     def _serve(self, turns: Iterator[_Turn], step: int) -> bool:
         """Compute and send windows; False where the student has ended."""
@@ -118,7 +123,8 @@ class TeacherSide:
         )
         unit = config.data.micro_batch_size * (self._students // ranks_per_replica(config.parallel))
         stop = -(-own.num_samples // unit) * unit
-        for first in range(0, stop, EVALUATION_WINDOW * unit):
-            last = min(first + EVALUATION_WINDOW * unit, stop)
+        size = evaluation_window(config, self._students) * unit
+        for first in range(0, stop, size):
+            last = min(first + size, stop)
             window = Window(last - first, samples.sequence_length, samples.has_segments)
             yield list(own.between(first, last)), window

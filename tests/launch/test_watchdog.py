@@ -100,11 +100,21 @@ def test_who_waits_for_others_ends_when_they_hang_and_is_named_last(tmp_path: Pa
     os.utime(hang_file(tmp_path, 1), (old, old))
     dog = Watchdog(tmp_path, 2, 0.2)
     dog.enter("waiting for the student", 7, waits=True)
-    time.sleep(1.0)
+    for _ in range(20):
+        time.sleep(0.05)
+        dog.beat()  # the others live
     assert ended == [], "it waits longer than the timeout"
     save(tmp_path, hang(0, 9, 40))
     wait_for(ended)
     found = load_hangs(tmp_path)
     assert [one.rank for one in found] == [1, 0, 2], "the one that waits comes last, whatever its step"
     assert found[-1].phase == "waiting for the student"
+    dog.close()
+
+
+def test_who_waits_for_others_that_give_no_sign_ends_too(tmp_path: Path, ended: list[int]) -> None:
+    dog = Watchdog(tmp_path, 2, 0.2)
+    dog.enter("waiting for the student", 7, waits=True)
+    wait_for(ended)
+    assert describe_hang(load_hangs(tmp_path), 3).startswith("rank 0, 1 gave no sign of life")
     dog.close()

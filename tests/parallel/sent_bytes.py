@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 _NAMES = (
-    "allreduce", "all_gather_single", "reduce_scatter_single", "allreduce_coalesced", "all_gather_single_coalesced",
-    "reduce_scatter_single_coalesced",
+    "allgather", "broadcast", "allreduce", "all_gather_single", "reduce_scatter_single", "allreduce_coalesced",
+    "all_gather_single_coalesced", "reduce_scatter_single_coalesced",
 )  # fmt: skip
 
 
@@ -28,6 +28,8 @@ def count_sent_bytes() -> Iterator[dict[str, float]]:
             sizes = [t.nbytes for t in tensors if isinstance(t, torch.Tensor)]
             # Of a gather or scatter the larger tensor is the whole; several that go together are each whole.
             whole = sum(sizes) if name == "allreduce_coalesced" else max(sizes)
+            if name == "allgather":
+                whole *= group.size()  # the whole is a list of lists, and was not looked at
             sent["collectives"] += whole * (group.size() - 1) / group.size() * (2 if "allreduce" in name else 1)
             return original(group, *args, **kwargs)
 

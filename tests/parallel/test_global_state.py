@@ -92,7 +92,7 @@ def run_without_getters(values: dict[str, Any], checkpoints: Path) -> tuple[list
         batches = run.batches()
         evaluate(
             run.student.model, run.mesh, batches.microbatches(0), run.teacher, vocab_size=run.objective.vocab_size,
-            chunk_mib=None, sequence_parallel=run.student.sequence_parallel,
+            chunk_mib=None, sequence_parallel=run.student.sequence_parallel, window=8,
         )  # fmt: skip
         batches.close()
     return losses, calls

@@ -47,12 +47,14 @@ def save_llama(
     model.save_pretrained(folder)
 
 
-def write_tokens(prefix: Path, tokens: np.ndarray, vocab: int = VOCAB) -> None:
-    """A `.bin/.idx` pair of one document."""
+def write_tokens(prefix: Path, tokens: np.ndarray, vocab: int = VOCAB, length: int | None = None) -> None:
+    """A `.bin/.idx` pair of one document, or of documents of this length."""
     from megakd.data.token_writer import TokenWriter, token_dtype
 
     writer = TokenWriter(prefix, token_dtype(vocab))
-    writer.add(tokens, np.array([len(tokens)], dtype=np.int32))
+    for start in range(0, len(tokens), length or len(tokens)):
+        document = tokens[start : start + (length or len(tokens))]
+        writer.add(document, np.array([len(document)], dtype=np.int32))
     writer.finish()
 
 

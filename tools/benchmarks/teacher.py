@@ -34,6 +34,7 @@ from megakd.platform import Joint, join_sides
 from megakd.teacher import OnlineTeacher, RemoteTeacher, TeacherServer, TeacherStage
 from megakd.teacher.online import Crossing
 from megakd.teacher.parking import ParkedWeights
+from megakd.teacher.regrouping import Placement
 from megakd.teacher.turns import StudentTurns, Task, TeacherTurns
 from megakd.training.objective import Objective
 from megakd.training.step import train_step
@@ -101,25 +102,28 @@ class Side:
         """Seconds a step of the student, with a teacher ahead by so many steps; 0 on the teacher's side."""
         store = self.shared()
         self._meet(store)
-        count = self.steps + lookahead + 1  # the first ones are not counted: nothing is ahead yet
+        before = lookahead + 1  # nothing is ahead in the first steps, which are not counted
+        after = lookahead + 1  # so that the teacher has something to do up to the last one that is
         if self.joint.is_teacher:
-            turns = TeacherTurns(store, lookahead, platform.device)
-            server = TeacherServer(self.pair.teacher._stage, self.bridge(1, 1), self.joint.group, turns, lookahead)
+            turns = TeacherTurns(store, lookahead * self.window.samples, platform.device)
+            server = TeacherServer(self.pair.teacher._stage, self.bridge(1, 1), self.joint.group, turns)
             turns.task()
-            for _ in range(count):
+            for _ in range(before + self.steps + after):
                 server.may_compute(self.of_teacher, self.window)
                 server.compute(self.of_teacher, self.window)
             turns.leave()
             return 0.0
         asked = StudentTurns(store)
         teacher = RemoteTeacher(self.pair.teacher.head, self.pair.mesh, self.bridge(1, 0), self.joint.group, asked)
-        asked.start(Task(0, count))
-        for _ in range(count - self.steps):
+        asked.start(Task(0, self.steps))
+        for _ in range(before):
             self.train(teacher)
         start = time.perf_counter()
         for _ in range(self.steps):
             self.train(teacher)
         seconds = (time.perf_counter() - start) / self.steps
+        for _ in range(after):
+            teacher.signals(self.batches)
         asked.end()
         return seconds
 
@@ -138,13 +142,18 @@ def _measure(side: Side, rounds: int) -> dict[str, list[float]]:
     """Seconds a step of each kind in every round after the first; zeros where the other side measures."""
     stage, head, is_student = side.pair.teacher._stage, side.pair.teacher.head, not side.joint.is_teacher
     known = _Known(side.pair.teacher.signals(side.batches))
-    crossing = Crossing(side.pair.mesh, 2, side.bridge(0, 0))
+    crossing = Crossing(Placement(side.pair.mesh, 1), Placement(side.pair.mesh, 2), side.bridge(0, 0))
     colocated = OnlineTeacher(stage, head, crossing)
     parked = OnlineTeacher(TeacherStage(side.parked, side.pair.mesh), head, crossing, ParkedWeights(side.parked))
+
+    def in_turn() -> None:
+        stage.run(side.of_teacher)
+        side.train(known)
+
     kinds: dict[str, Callable[[], float]] = {
         "student": lambda: side.alone(is_student, lambda: side.train(known)),
         "teacher": lambda: side.alone(not is_student, lambda: stage.run(side.of_teacher)),
-        "in turn": lambda: side.alone(is_student, lambda: (stage.run(side.of_teacher), side.train(known))),
+        "in turn": lambda: side.alone(is_student, in_turn),
         "colocated": lambda: side.alone(is_student, lambda: side.train(colocated)),
         "offload": lambda: side.alone(is_student, lambda: side.train(parked)),
         **{f"prefetch {n}": partial(side.prefetched, n) for n in PREFETCH},
