@@ -99,7 +99,8 @@ def with_teacher_alone(config: Config) -> Config:
     fields = type(config.teacher).model_fields
     alone = {key: fields[key].default for key in TEACHER_PLACING}
     teacher = config.teacher.model_copy(update=alone)
-    return config.model_copy(update={"parallel": teacher_parallel(config), "teacher": teacher})
+    data = config.data.model_copy(update={"micro_batch_size": teacher_micro_batch_size(config)})
+    return config.model_copy(update={"parallel": teacher_parallel(config), "teacher": teacher, "data": data})
 
 
 def widest_tensor_parallel(config: Config) -> int:

@@ -100,7 +100,7 @@ def plan_pieces(source: Spread, target: Spread, window: Window) -> tuple[Piece, 
             if source.sequence_shards > 1:
                 origin = holders[source_shard]
             else:  # all of them have it: the goal itself, or each for some
-                origin = goal if goal in holders else holders[target_shard % len(holders)]
+                origin = goal if goal in holders else holders[(sample + target_shard) % len(holders)]
             columns = [0 if one_row else sample % spread.micro_batch_size for spread in (source, target)]
             pieces.append(
                 Piece(

@@ -96,6 +96,8 @@ _KINDS = (
     _Kind("grad_norm", "Gradient norm", "before clipping"),
     _Kind("learning_rate", "Learning rate", "of the step", from_zero=True),
     _Kind("tokens_per_second", "Throughput", "tokens a second over all ranks", from_zero=True),
+    _Kind("student_wait_share", "Student waits", "share of the step, for the teacher's hidden states", from_zero=True),
+    _Kind("teacher_wait_share", "Teacher waits", "share of its time, for the student to come nearer", from_zero=True),
     _Kind(
         "memory_bytes", "Memory", "of the fullest rank: allocated by torch on a GPU, resident on CPU", from_zero=True
     ),

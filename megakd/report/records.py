@@ -21,7 +21,7 @@ _TOLD_LINES = 3
 # Figures of a step that a report uses.
 STEP_KEYS = (
     "loss", "kd_loss", "ce_loss", "grad_norm", "learning_rate", "tokens", "tokens_per_second", "tflops_per_rank",
-    "memory_bytes", "peak_memory_bytes", *map(seconds_key, STEP_PARTS),
+    "student_wait_share", "teacher_wait_share", "memory_bytes", "peak_memory_bytes", *map(seconds_key, STEP_PARTS),
 )  # fmt: skip
 # Figures of an evaluation, with their names for people.
 SCORES = {

@@ -75,6 +75,7 @@ def _facts(run: RunData) -> Iterator[tuple[str, str]]:
     packages = packages if isinstance(packages, Mapping) else {}
     for title, value in (
         ("layout", run.description.get("layout")),
+        ("teacher's layout", run.description.get("teacher_layout")),
         ("ranks", run.description.get("world_size")),
         ("torch", packages.get("torch")),
         ("megatron-core", packages.get("megatron-core")),

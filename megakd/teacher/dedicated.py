@@ -84,11 +84,6 @@ class TeacherServer:
         self._leaving.popleft()
         self._sent += 1
 
-    @property
-    def held_bytes(self) -> int:
-        """Bytes of hidden states that wait to be received."""
-        return sum(tensor.nbytes for packed, _ in self._leaving for tensor in packed.values())
-
 
 def window_label(microbatches: Sequence[Batch], window: Window) -> str:
     """What the first rank of either side calls a window: by its size and its first sample, which both have."""

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from megakd.config.layouts import (
     has_own_layout,
     prefetch_steps,
+    student_ranks,
     teacher_is_dedicated,
     teacher_micro_batch_size,
     teacher_parallel,
@@ -36,7 +37,7 @@ def announce(
     student = student_architecture(config)
     yield (
         f"{config.run.name}: student of {student.num_layers} layers, {student.num_parameters():,} parameters "
-        f"({config.run.dtype}, {layer_spec} layers) on {layout}"
+        f"({config.run.dtype}, {layer_spec} layers) on {layout}{_students(config, world_size)}"
     )
     if cached_teacher is not None:
         yield from cached_teacher.describe()
@@ -45,7 +46,7 @@ def announce(
         use = "" if config.distill.kd_weight > 0 else ", for evaluation only"
         yield (
             f"teacher {config.teacher.path}: {teacher.num_layers} layers, {teacher.num_parameters():,} parameters"
-            f"{use}{_own_layout(config, world_size)}"
+            f"{use}{_where(config, world_size)}"
         )
     tokens = config.data.sequence_length
     columns = padded_vocab_size(student.vocab_size, config.student.make_vocab_size_divisible_by)
@@ -61,23 +62,31 @@ def announce(
     yield f"{steps:,} steps of {batch:,} tokens from {data.order.num_samples:,} samples"
 
 
-def _own_layout(config: Config, world_size: int) -> str:
-    """Where the teacher lives, if not as the student does."""
+def _students(config: Config, world_size: int) -> str:
+    """Which ranks are the student's, if not all."""
+    if not teacher_is_dedicated(config):
+        return ""
+    last = student_ranks(config, world_size) - 1
+    return f" of ranks 0 to {last}" if last else " of rank 0"
+
+
+def _where(config: Config, world_size: int) -> str:
+    """Where the teacher lives, and when it runs."""
     assert config.teacher is not None
-    parts = []
-    if has_own_layout(config):
-        parallel, ranks = teacher_parallel(config), teacher_ranks(config, world_size)
-        tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-        own = "1 rank" if ranks == 1 else f"{ranks} ranks"
-        where = f"{own} of its own" if teacher_is_dedicated(config) else "the same ranks"
-        parts.append(
-            f" on TP {tp} x PP {pp} x DP {ranks // (tp * pp)} of {where}, microbatches of "
-            f"{teacher_micro_batch_size(config)}"
-        )
-    if teacher_is_dedicated(config) and config.distill.kd_weight > 0:
-        steps = prefetch_steps(config)
-        ahead = "1 step" if steps == 1 else f"{steps} steps"
-        parts.append(f", up to {ahead} ahead" if steps else ", never ahead of the student")
+    students, ranks = student_ranks(config, world_size), teacher_ranks(config, world_size)
+    parallel = teacher_parallel(config)
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    layout = f" on TP {tp} x PP {pp} x DP {ranks // (tp * pp)} of"
+    samples = f", microbatches of {teacher_micro_batch_size(config)}"
+    if teacher_is_dedicated(config):
+        own = f"rank {students}" if ranks == 1 else f"ranks {students} to {world_size - 1}"
+        parts = [f"{layout} {own}, its own{samples}"]
+        if config.distill.kd_weight > 0:
+            steps = prefetch_steps(config)
+            ahead = "1 step" if steps == 1 else f"{steps} steps"
+            parts.append(f", up to {ahead} ahead" if steps else ", never ahead of the student")
+    else:
+        parts = [f"{layout} the same ranks{samples}" if has_own_layout(config) else " in the student's layout"]
     if config.teacher.signal_window is not None:
         parts.append(f", windows of {config.teacher.signal_window} of the student's microbatches")
     if config.teacher.offload == "cpu":

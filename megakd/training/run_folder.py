@@ -9,6 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from megakd.config.layouts import teacher_is_dedicated, teacher_parallel, teacher_ranks
 from megakd.config.load import dump_config
 from megakd.config.schema import Config
 
@@ -23,6 +24,7 @@ def describe_run(config: Config, world_size: int, layout: str, steps: int) -> di
         "name": config.run.name,
         "world_size": world_size,
         "layout": layout,
+        "teacher_layout": _teacher_layout(config, world_size),
         "steps": steps,
         "python": python_platform.python_version(),
         "machine": python_platform.platform(),
@@ -36,6 +38,16 @@ def save_run_description(folder: Path, config: Config, world_size: int, layout: 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(dump_config(config))
     (folder / "run.json").write_text(json.dumps(describe_run(config, world_size, layout, steps), indent=2) + "\n")
+
+
+def _teacher_layout(config: Config, world_size: int) -> str | None:
+    """The layout of a teacher that runs, and on how many ranks of its own if it has some."""
+    if config.teacher is None or config.teacher.source != "online":
+        return None
+    parallel, ranks = teacher_parallel(config), teacher_ranks(config, world_size)
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    own = f" on {ranks} ranks of its own" if teacher_is_dedicated(config) else ""
+    return f"TP {tp} x PP {pp} x DP {ranks // (tp * pp)}{own}"
 
 
 def _version(package: str) -> str | None:

@@ -39,7 +39,9 @@ def test_the_wider_model_counts_where_it_runs():
 
 
 def test_a_cache_is_written_in_the_teacher_s_layout():
-    alone = layouts.with_teacher_alone(config(teacher__parallel={"tensor_model_parallel_size": 4}, **{TP: 2}))
+    own = {"tensor_model_parallel_size": 4, "micro_batch_size": 8}
+    alone = layouts.with_teacher_alone(config(teacher__parallel=own, **{TP: 2}))
+    assert alone.data.micro_batch_size == 8
     assert alone.parallel.tensor_model_parallel_size == 4
     assert not layouts.has_own_layout(alone)
 

@@ -121,6 +121,14 @@ def test_what_is_drawn_of_a_run(tmp_path: Path) -> None:
     assert by_key(build_charts(runs, log_loss=True))["loss"].y.log
 
 
+def test_who_waits_is_drawn_where_the_teacher_has_ranks_of_its_own(tmp_path: Path) -> None:
+    steps = [step(n, student_wait_share=0.1 * n, teacher_wait_share=0.5) for n in (1, 2)]
+    charts = by_key(build_charts(load_runs([write_run(tmp_path / "a", steps=steps)])))
+    for key, expected in (("student_wait_share", [0.1, 0.2]), ("teacher_wait_share", [0.5, 0.5])):
+        (curve,) = charts[key].curves
+        assert curve.ys is not None and curve.ys.tolist() == expected
+
+
 def test_points_without_a_line_are_marked(tmp_path: Path) -> None:
     norms = [1.0, None, 2.0, 3.0, None, 1.0]
     steps = [step(n + 1, grad_norm=norm) for n, norm in enumerate(norms)]

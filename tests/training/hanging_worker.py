@@ -9,14 +9,15 @@ from typing import Any
 
 
 def main(args: list[str]) -> Any:
-    """As megakd.launch.worker's; HANG says how rank 1 stops after six steps: sleep, or SIGSTOP."""
+    """As megakd.launch.worker's; HANG says which rank stops after six steps, and how: sleep, or SIGSTOP."""
     from megakd.data.batches import TrainBatches
     from megakd.launch import worker
 
-    microbatches, how = TrainBatches.microbatches, os.environ["HANG"]
+    microbatches = TrainBatches.microbatches
+    rank, how = os.environ["HANG"].split()
 
     def never_again(self: TrainBatches, step: int) -> list[Any]:
-        if step == 6 and os.environ["RANK"] == "1":
+        if step == 6 and os.environ["RANK"] == rank:
             if how == "sleep":
                 time.sleep(3600)
             os.kill(os.getpid(), signal.SIGSTOP)

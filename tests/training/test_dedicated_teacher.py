@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from tests.training.jobs import Job
-from tests.training.runs import layout, records, run_values, weights, write_run_files
+from tests.training.runs import SEQUENCE, layout, records, run_values, weights, write_run_files
 from tests.workers import RankPools
 
 RANKS, STEPS = 3, 12
@@ -156,6 +157,44 @@ def test_patience_ends_a_run_whose_teacher_is_ahead(
     assert len(records(tmp_path)) == 4
 
 
+def most_held(values: dict[str, Any]) -> float:
+    """The most bytes of signals in a run with evaluations: on their way from a teacher, or at a student's."""
+    from megakd.teacher import RemoteTeacher, TeacherServer
+
+    most, alive = 0, weakref.WeakSet[torch.UntypedStorage]()
+    compute, signals = TeacherServer.compute, RemoteTeacher.signals
+
+    def computed(self: TeacherServer, *arguments: Any) -> None:
+        nonlocal most
+        compute(self, *arguments)
+        most = max(most, sum(tensor.nbytes for packed, _ in self._leaving for tensor in packed.values()))
+
+    def received(self: RemoteTeacher, microbatches: Any) -> Any:
+        nonlocal most
+        found = signals(self, microbatches)
+        alive.update(signal.hidden.untyped_storage() for signal in found if signal is not None)
+        most = max(most, sum(storage.nbytes() for storage in alive))
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TeacherServer, "compute", computed)
+        patch.setattr(RemoteTeacher, "signals", received)
+        run_sides(values)
+    return most
+
+
+@pytest.mark.parametrize("prefetch_steps", [0, 2])
+def test_what_is_held_is_bounded_in_evaluations_too(
+    files: Path, tmp_path: Path, run_ranks: Callable[..., list[Any]], prefetch_steps: int
+) -> None:
+    own = OWN | {"prefetch_steps": prefetch_steps, "signal_window": 1}
+    values = values_of(files, tmp_path, own=own, schedule__train_steps=5, data__valid_fraction=0.5, run__export=False)
+    held = run_ranks(RANKS, most_held, values, teacher_ranks=1)
+    sample = SEQUENCE * 48 * 4
+    # A step has eight samples and a window two. The student has half of each sequence.
+    assert held == [sample, sample, (8 * prefetch_steps + 2) * sample]
+
+
 def test_a_killed_teacher_ends_the_job_soon_with_the_reason(
     files: Path, whole: Path, tmp_path: Path, jobs: list[Job], run_ranks: Callable[..., list[Any]]
 ) -> None:
@@ -167,7 +206,7 @@ def test_a_killed_teacher_ends_the_job_soon_with_the_reason(
     assert jobs[0].end() == 1
     assert time.monotonic() - killed < 60
     assert jobs[0].log.splitlines()[-1].startswith("error: rank 2 was killed by SIGKILL"), jobs[0].log[-3000:]
-    assert "of 1 rank of its own" in jobs[0].log
+    assert "DP 1 of rank 2, its own, microbatches of 2, up to 2 steps ahead" in jobs[0].log
     run_ranks(RANKS, run_sides, values, teacher_ranks=1)
     assert_same_run(tmp_path, whole)
 

@@ -12,29 +12,32 @@ import pytest
 from tests.training.jobs import Job
 from tests.training.runs import layout, run_values, write_run_files
 
-# How rank 1 stops, and settings of the run.
-JOBS: dict[str, tuple[str, dict[str, Any]]] = {
-    "sleep": ("sleep", {}),
-    "stop": ("stop", {}),
-    "two sides": ("sleep", {"placement": "dedicated", "ranks": 1, "parallel": {"tensor_model_parallel_size": 1}}),
+OWN = {"placement": "dedicated", "ranks": 1, "parallel": {"tensor_model_parallel_size": 1}}
+# Which rank stops and how, the student's ranks, and settings of the teacher.
+JOBS: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "sleep": ("1 sleep", 2, {}),
+    "stop": ("1 stop", 2, {}),
+    "two sides": ("1 sleep", 2, OWN),
+    "one student": ("0 stop", 1, OWN),
 }
 
 
 @pytest.fixture(scope="module")
 def all_hung(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Job]]:
-    """By name: a job of two ranks, or two and a teacher's, that has ended for rank 1. They run side by side."""
+    """By name: a job of two ranks, or a student's and a teacher's, that has ended for one. They run side by side."""
     jobs: dict[str, Job] = {}
     try:
         with pytest.MonkeyPatch.context() as patch:
-            for name, (how, own) in JOBS.items():
+            for name, (how, students, own) in JOBS.items():
                 patch.setenv("HANG", how)
                 values = run_values(
-                    write_run_files(tmp_path_factory.mktemp(how)), **layout(2), schedule__train_steps=1000,
+                    write_run_files(tmp_path_factory.mktemp(how)), **layout(students), schedule__train_steps=1000,
                     checkpoint__save_interval=5, safeguards__hang_timeout_seconds=20.0,
                 )  # fmt: skip
                 values["teacher"].update(own)
-                ranks = 2 + own.get("ranks", 0)
-                jobs[name] = Job(values, ranks, max_restarts=3, worker="tests.training.hanging_worker")
+                jobs[name] = Job(
+                    values, students + own.get("ranks", 0), max_restarts=3, worker="tests.training.hanging_worker"
+                )
         pids = {name: job.rank_pids() for name, job in jobs.items()}
         for name, job in jobs.items():
             assert job.end() == 1, job.log[-5000:]
@@ -47,7 +50,7 @@ def all_hung(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Job
 
 @pytest.fixture
 def hung(request: pytest.FixtureRequest, all_hung: dict[str, Job]) -> Job:
-    """A job that has ended because rank 1 stopped."""
+    """A job that has ended because a rank stopped."""
     return all_hung[request.param]
 
 
@@ -78,3 +81,10 @@ def test_a_teacher_that_waits_for_a_student_that_hangs_is_named_last(hung: Job) 
     assert last.startswith("error: rank 1 made no progress for ")
     assert " s in reading data of step 7; rank 0 made no progress" in last
     assert " s in waiting for the student of step 9; all ranks were ended" in last
+
+
+@pytest.mark.parametrize("hung", ["one student"], indirect=True)
+def test_a_teacher_does_not_wait_for_ever_for_a_student_that_is_frozen(hung: Job) -> None:
+    last = hung.log.splitlines()[-1]
+    assert last.startswith("error: rank 0 gave no sign of life (stopped, or its machine is); rank 1 made no progress")
+    assert " s in waiting for the student of step " in last
