@@ -11,6 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from enum import IntEnum
 
@@ -83,8 +84,9 @@ class StudentTurns:
 
     def _live(self) -> None:
         store = self._store.clone()  # type: ignore[attr-defined]  # the other one waits at times
-        while not self._ended.wait(_SIGN_SECONDS):
-            store.add("signs of life", 1)
+        with suppress(dist.DistError):  # the job is over, and the store with it
+            while not self._ended.wait(_SIGN_SECONDS):
+                store.add("signs of life", 1)
 
 
 class _Answer(IntEnum):
