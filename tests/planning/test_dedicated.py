@@ -228,7 +228,7 @@ def test_states_that_come_as_stretches_are_put_together_in_the_loss(teacher_path
 
 
 def test_a_teacher_that_only_measures_has_ranks_and_no_time(teacher_path):
-    plan = build_plan(dedicated_job(teacher_path, 2, 1, distill__kd_weight=0.0), CLUSTER)
+    plan = build_plan(dedicated_job(teacher_path, 2, 1, distill__kd_weight=0.0, data__valid_fraction=0.1), CLUSTER)
     figures = plan.to_dict()
     assert plan.timing.teacher == plan.timing.crossing == 0.0 and plan.timing.student_waits == 0.0
     assert figures["teacher_stages"][0]["flops_per_microbatch"]["teacher"] == 0.0
