@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from queue import Empty, Queue
-from threading import Thread
+from threading import Lock, Thread
 from typing import Any
 
 from megakd.common.errors import UserError
@@ -98,6 +98,8 @@ class _Reception:
         self._sign = log_dir / f"meeting-{self.job}"
         self._inbox: Inbox = Queue()
         self._wires: list[Wire] = []
+        self._lock = Lock()
+        self._last: dict[str, Any] | None = None
         self._guests: dict[int, Wire] = {}
         self._names = {0: f"node 0 ({socket.gethostname()})"}
         self._is_reached = False
@@ -129,9 +131,11 @@ class _Reception:
         return self._guests[1].own_address
 
     def tell(self, message: dict[str, Any]) -> None:
-        """Say something to all who have connected."""
-        for wire in self._wires:
-            wire.send(message)
+        """Say how it ended to all who have connected."""
+        with self._lock:
+            self._last = message
+            for wire in self._wires:
+                wire.send(message)
 
     def close(self) -> None:
         """Leave the port to torchrun."""
@@ -139,8 +143,9 @@ class _Reception:
             self._listener.shutdown(socket.SHUT_RDWR)  # a thread in accept() would keep the port
         self._listener.close()
         self._sign.unlink(missing_ok=True)
-        for wire in self._wires:
-            wire.close()
+        with self._lock:
+            for wire in self._wires:
+                wire.close()
 
     def _accept(self) -> None:
         while True:
@@ -149,8 +154,12 @@ class _Reception:
             except OSError:
                 return  # closed
             wire = Wire(connection, self._inbox)
-            wire.send({"job": self.job, "node": self._names[0]})
-            self._wires.append(wire)
+            with self._lock:  # who answers the greeting at once is among those who are told all the same
+                wire.send({"job": self.job, "node": self._names[0]})
+                self._wires.append(wire)
+                if self._last is not None:  # it came when all was over
+                    wire.send(self._last)
+                    wire.close()
 
     def _reach_oneself(self) -> None:
         """See that the rendezvous leads here, and not to another machine or nowhere."""

@@ -91,6 +91,26 @@ def test_nodes_meet_in_any_order(party: Callable[[int], Party], tmp_path: Path) 
         pass
 
 
+def test_a_node_is_told_although_node_0_is_slow_to_note_that_it_came(
+    party: Callable[[int], Party], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has answered the greeting before the thread that greets it goes on."""
+    send = meeting.Wire.send
+
+    def slowly(self: Any, message: dict[str, Any]) -> None:
+        send(self, message)
+        if "job" in message:
+            time.sleep(1.0)
+
+    monkeypatch.setattr(meeting.Wire, "send", slowly)
+    two = party(2)
+    two.start(0)
+    two.wait_for_node_0()
+    time.sleep(0.2)  # it has reached itself
+    two.start(1)
+    assert [result.result(20).rank for result in two.results] == [0, 1]
+
+
 def test_a_node_alone_meets_nobody(tmp_path: Path) -> None:
     begun: list[int] = []
     assert meet(Nodes(), TERMS, tmp_path, lambda: begun.append(1), lambda: None) == Nodes()

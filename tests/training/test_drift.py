@@ -27,8 +27,8 @@ from tests.training.runs import layout, records, run_values, save_llama, write_r
 HARMLESS = {
     "run.name", "run.output_dir", "run.export", "run.time_limit_minutes", "run.layer_spec",
     "student.recompute_granularity", "distill.loss_chunk_mib", "data.valid", "data.test", "data.micro_batch_size",
-    "optimizer.overlap_grad_reduce", "optimizer.overlap_param_gather", "teacher.parallel", "teacher.placement", "teacher.ranks",
-    "teacher.prefetch_steps", "teacher.signal_window", "teacher.offload",
+    "optimizer.overlap_grad_reduce", "optimizer.overlap_param_gather", "teacher.parallel", "teacher.placement",
+    "teacher.ranks", "teacher.prefetch_steps", "teacher.signal_window", "teacher.offload",
 }  # fmt: skip
 HARMLESS_SECTIONS = {"cache", "parallel", "checkpoint", "safeguards", "logging", "evaluation"}
 ALTERING = {
