@@ -27,6 +27,13 @@ def teacher_parallel(config: Config) -> ParallelSection:
     )
 
 
+def teacher_layout_text(config: Config, world_size: int) -> str:
+    """The teacher's layout over its ranks, in one phrase."""
+    parallel = teacher_parallel(config)
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    return f"TP {tp} x PP {pp} x DP {teacher_ranks(config, world_size) // (tp * pp)}"
+
+
 def teacher_micro_batch_size(config: Config) -> int:
     """Samples of one of the teacher's forward passes."""
     assert config.teacher is not None
@@ -55,7 +62,7 @@ def least_ranks(config: Config) -> int:
     if config.teacher is None or config.teacher.source != "online":
         return ranks
     if teacher_is_dedicated(config):
-        return ranks + teacher_ranks(config, 0)
+        return ranks + (config.teacher.ranks or 0)
     return math.lcm(ranks, ranks_per_replica(teacher_parallel(config)))
 
 
@@ -67,16 +74,18 @@ def prefetch_steps(config: Config) -> int:
 
 def windows_per_step(config: Config, students: int) -> int:
     """The teacher's turns in a step on so many of the student's ranks, if it has any."""
-    replicas = students // ranks_per_replica(config.parallel)
-    window = config.data.micro_batch_size * replicas * window_microbatches(config, students)
-    return config.data.global_batch_size // window
+    return _step_microbatches(config, students) // window_microbatches(config, students)
 
 
 def window_microbatches(config: Config, students: int) -> int:
     """The student's microbatches whose signals are held at a time in training."""
+    window = None if config.teacher is None else config.teacher.signal_window
+    return window or _step_microbatches(config, students)
+
+
+def _step_microbatches(config: Config, students: int) -> int:
     replicas = students // ranks_per_replica(config.parallel)
-    count = config.data.global_batch_size // (config.data.micro_batch_size * replicas)
-    return count if config.teacher is None else config.teacher.signal_window or count
+    return config.data.global_batch_size // (config.data.micro_batch_size * replicas)
 
 
 def has_own_layout(config: Config) -> bool:

@@ -71,4 +71,5 @@ def join_sides(
         group: Any = dist.ProcessGroupNCCL(between, rank, size, options)
     else:
         group = dist.ProcessGroupGloo(between, rank, size, timeout)
-    return Joint(rank, students, size, group, dist.PrefixStore("turns", store.clone()))  # type: ignore[attr-defined]
+    own: dist.Store = store.clone()  # type: ignore[attr-defined]  # not in torch's stubs
+    return Joint(rank, students, size, group, dist.PrefixStore("turns", own))

@@ -83,7 +83,7 @@ class StudentTurns:
         return TeacherTimes(**json.loads(_take(self._store, f"times {step}")))
 
     def _live(self) -> None:
-        store = self._store.clone()  # type: ignore[attr-defined]  # the other one waits at times
+        store = self._store.clone()  # type: ignore[attr-defined]  # not in torch's stubs; the other one waits at times
         with suppress(dist.DistError):  # the job is over, and the store with it
             while not self._ended.wait(_SIGN_SECONDS):
                 store.add("signs of life", 1)

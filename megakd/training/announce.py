@@ -9,8 +9,8 @@ from megakd.config.layouts import (
     prefetch_steps,
     student_ranks,
     teacher_is_dedicated,
+    teacher_layout_text,
     teacher_micro_batch_size,
-    teacher_parallel,
     teacher_ranks,
 )
 from megakd.config.schema import Config
@@ -74,9 +74,7 @@ def _where(config: Config, world_size: int) -> str:
     """Where the teacher lives, and when it runs."""
     assert config.teacher is not None
     students, ranks = student_ranks(config, world_size), teacher_ranks(config, world_size)
-    parallel = teacher_parallel(config)
-    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    layout = f" on TP {tp} x PP {pp} x DP {ranks // (tp * pp)} of"
+    layout = f" on {teacher_layout_text(config, world_size)} of"
     samples = f", microbatches of {teacher_micro_batch_size(config)}"
     if teacher_is_dedicated(config):
         own = f"rank {students}" if ranks == 1 else f"ranks {students} to {world_size - 1}"

@@ -8,13 +8,19 @@ import torch
 from torch import Tensor
 
 from megakd.config.layouts import window_microbatches
-from megakd.config.schema import Config
+from megakd.config.schema import Config, EvaluationSection
 from megakd.data.batches import EvaluationBatches
 from megakd.parallel.mesh import ModelMesh
 from megakd.training.train_data import HeldOutData
 
 # More would fill no pipeline better.
 _MOST_MICROBATCHES = 8
+
+
+def evaluates_after(step: int, steps: int, evaluation: EvaluationSection) -> bool:
+    """Whether a run of so many steps is measured after its step `step`, counted from 1."""
+    is_due = evaluation.interval is not None and step % evaluation.interval == 0
+    return is_due or (evaluation.at_end and step == steps)
 
 
 def evaluation_window(config: Config, students: int) -> int:

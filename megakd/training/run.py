@@ -43,7 +43,7 @@ from megakd.training.build import (
 )
 from megakd.training.drift import check_changes, describe_contents, find_changes
 from megakd.training.export import export_student, parameters_gathered
-from megakd.training.held_out import evaluation_window, held_out_batches
+from megakd.training.held_out import evaluates_after, evaluation_window, held_out_batches
 from megakd.training.metrics import MetricsWriter, describe_scores
 from megakd.training.objective import Objective
 from megakd.training.profiling import StepProfiler
@@ -51,7 +51,6 @@ from megakd.training.run_folder import CHECKPOINTS, save_run_description
 from megakd.training.schedule import learning_rate
 from megakd.training.step import StepResult, train_step
 from megakd.training.step_record import step_record
-from megakd.training.teacher_side import evaluates_after
 from megakd.training.timing import RankTimes, time_student
 from megakd.training.train_data import held_out_sources, open_held_out_data, open_train_data, run_steps
 from megakd.training.watch import Best, Counters

@@ -9,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from megakd.config.layouts import teacher_is_dedicated, teacher_parallel, teacher_ranks
+from megakd.config.layouts import teacher_is_dedicated, teacher_layout_text, teacher_ranks
 from megakd.config.load import dump_config
 from megakd.config.schema import Config
 
@@ -44,10 +44,8 @@ def _teacher_layout(config: Config, world_size: int) -> str | None:
     """The layout of a teacher that runs, and on how many ranks of its own if it has some."""
     if config.teacher is None or config.teacher.source != "online":
         return None
-    parallel, ranks = teacher_parallel(config), teacher_ranks(config, world_size)
-    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    own = f" on {ranks} ranks of its own" if teacher_is_dedicated(config) else ""
-    return f"TP {tp} x PP {pp} x DP {ranks // (tp * pp)}{own}"
+    own = f" on {teacher_ranks(config, world_size)} ranks of its own" if teacher_is_dedicated(config) else ""
+    return teacher_layout_text(config, world_size) + own
 
 
 def _version(package: str) -> str | None:

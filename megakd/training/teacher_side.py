@@ -11,7 +11,7 @@ from megakd.config.layouts import (
     teacher_parallel,
     windows_per_step,
 )
-from megakd.config.schema import Config, EvaluationSection
+from megakd.config.schema import Config
 from megakd.config.wording import ranks_per_replica
 from megakd.data.batches import Batch, EvaluationBatches, TrainBatches
 from megakd.parallel.mesh import GroupPool
@@ -20,16 +20,10 @@ from megakd.parallel.random_state import seed_megatron
 from megakd.platform import Joint, Platform, communication_timeout, detect_accelerations, resolve_layer_spec
 from megakd.teacher.turns import Task
 from megakd.training.build import build_mesh, build_teacher_server
-from megakd.training.held_out import evaluation_window
+from megakd.training.held_out import evaluates_after, evaluation_window
 from megakd.training.train_data import held_out_sources, open_held_out_data, open_train_data
 
 _Turn = tuple[Sequence[Batch], Window]
-
-
-def evaluates_after(step: int, steps: int, evaluation: EvaluationSection) -> bool:
-    """Whether a run of so many steps is measured after its step `step`, counted from 1."""
-    is_due = evaluation.interval is not None and step % evaluation.interval == 0
-    return is_due or (evaluation.at_end and step == steps)
 
 
 class TeacherSide:
