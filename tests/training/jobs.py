@@ -78,9 +78,13 @@ class Job:
             time.sleep(0.005)
 
     def wait_for_step(self, step: int) -> None:
-        """Wait until metrics.jsonl has it."""
+        """Wait until metrics.jsonl has it; the checkpoint of a step before may still be written."""
         path = self.folder / "metrics.jsonl"
         self.wait_for(lambda: path.exists() and path.read_bytes().count(b"\n") >= step)
+
+    def wait_for_checkpoint(self, step: int) -> None:
+        """Wait until it is in its place."""
+        self.wait_for((self.folder / "checkpoints" / f"step-{step:08d}").is_dir)
 
     def end(self, seconds: float = TIMEOUT_SECONDS) -> int:
         """Wait for the job's status."""

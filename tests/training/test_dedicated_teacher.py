@@ -200,7 +200,7 @@ def test_a_killed_teacher_ends_the_job_soon_with_the_reason(
 ) -> None:
     values = values_of(files, tmp_path)
     jobs.append(Job(values, RANKS, worker="tests.training.interruptible_worker"))
-    jobs[0].wait_for_step(6)
+    jobs[0].wait_for_checkpoint(4)
     os.kill(jobs[0].rank_pids()[2], signal.SIGKILL)
     killed = time.monotonic()
     assert jobs[0].end() == 1
@@ -213,7 +213,7 @@ def test_a_killed_teacher_ends_the_job_soon_with_the_reason(
 
 def test_a_killed_teacher_is_started_again(files: Path, whole: Path, tmp_path: Path, jobs: list[Job]) -> None:
     jobs.append(Job(values_of(files, tmp_path), RANKS, max_restarts=1, worker="tests.training.interruptible_worker"))
-    jobs[0].wait_for_step(6)
+    jobs[0].wait_for_checkpoint(4)
     os.kill(jobs[0].rank_pids()[2], signal.SIGKILL)
     assert jobs[0].end() == 0, jobs[0].log[-3000:]
     assert "resumed from" in jobs[0].log

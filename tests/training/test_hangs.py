@@ -32,7 +32,8 @@ def all_hung(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Job
                 patch.setenv("HANG", how)
                 values = run_values(
                     write_run_files(tmp_path_factory.mktemp(how)), **layout(students), schedule__train_steps=1000,
-                    checkpoint__save_interval=5, safeguards__hang_timeout_seconds=20.0,
+                    checkpoint__save_interval=5, checkpoint__async_save=False,  # in place before the rank stops
+                    safeguards__hang_timeout_seconds=20.0,
                 )  # fmt: skip
                 values["teacher"].update(own)
                 jobs[name] = Job(

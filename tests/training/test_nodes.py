@@ -87,15 +87,21 @@ def assert_both_end_with(nodes: list[Job], node: int, reason: str) -> None:
     assert last_line(nodes[1 - node]) == f"error: node {node} ({socket.gethostname()}): {reason}"
 
 
-def assert_resumed(nodes: list[Job]) -> None:
-    assert "resumed from" in nodes[0].log + nodes[1].log
+def have_resumed(nodes: list[Job]) -> bool:
+    return "resumed from" in nodes[0].log + nodes[1].log
+
+
+def wait_for_step_after_resuming(nodes: list[Job], step: int) -> None:
+    """Until the nodes have resumed, metrics.jsonl is what the job before left, which may have it already."""
+    nodes[0].wait_for(lambda: have_resumed(nodes))
+    nodes[0].wait_for_step(step)
 
 
 def assert_goes_on(start: Start, whole: Path, out: Path) -> None:
     """The same commands resume and end with the weights of a run that nothing disturbed."""
     nodes = start(worker="megakd.launch.worker")
     assert [job.end() for job in nodes] == [0, 0], [job.log[-3000:] for job in nodes]
-    assert_resumed(nodes)
+    assert have_resumed(nodes)
     assert_same_run(out, whole, STEPS)
 
 
@@ -114,25 +120,23 @@ def assert_a_signal_saves_and_stops(nodes: list[Job], pids: list[int]) -> None:
 def test_no_node_outlives_the_other_and_the_same_commands_go_on(whole: Path, tmp_path: Path, start: Start) -> None:
     """One run in four jobs, since a job takes long to start; in each something else befalls one node."""
     nodes = start(max_restarts=3)
-    nodes[0].wait_for_step(7)
+    nodes[0].wait_for_checkpoint(5)
     kill_torchrun(nodes, 0)
 
     # A launcher, and torchrun with it: nobody is left there to say why.
     nodes = start(max_restarts=3)
-    nodes[0].wait_for_step(14)
+    wait_for_step_after_resuming(nodes, 14)
     os.kill(nodes[1].process.pid, signal.SIGKILL)
     assert nodes[0].end() == 1
     assert last_line(nodes[0]).startswith(f"error: node 1 ({socket.gethostname()}) gave no sign of life for 3")
-    assert_resumed(nodes)
 
     nodes = start()
-    nodes[0].wait_for_step(21)
+    wait_for_step_after_resuming(nodes, 21)
     assert_a_signal_saves_and_stops(nodes, [nodes[1].process.pid])
-    assert_resumed(nodes)
 
     # A rank is started again, on both nodes.
     nodes = start(max_restarts=3)
-    nodes[0].wait_for_step(30)
+    wait_for_step_after_resuming(nodes, 30)
     os.kill(nodes[1].rank_pids()[0], signal.SIGKILL)
     assert [job.end() for job in nodes] == [0, 0], [job.log[-3000:] for job in nodes]
     assert nodes[0].log.count("resumed from") == 2
