@@ -28,6 +28,13 @@ class SampledCodec:
         check_whole("num_samples", num_samples, 1, MAX_SAMPLES)
         self.vocab_size, self.num_samples = vocab_size, num_samples
 
+    @property
+    def most_bytes_per_row(self) -> float:
+        """Over many rows all of whose draws differ; rows in which a few ids have most of the mass take much less."""
+        draws = self.num_samples
+        ids = min(draws * low + (self.vocab_size >> low) for low in range(self.vocab_size.bit_length() + 1))
+        return (ids + draws + draws) / 8 + np.dtype("<f2").itemsize
+
     def settings(self) -> dict[str, Any]:
         """See Codec."""
         return {"mode": self.mode, "vocab_size": self.vocab_size, "num_samples": self.num_samples}

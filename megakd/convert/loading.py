@@ -98,7 +98,8 @@ def load_head(
     """
     with open_weights(path) as source:
         head = source.read(OUTPUT_LAYER, (even_slice(padded_vocab, tp_rank, tp_size),))
-    return head.to(device=device, dtype=dtype)
+    # A copy, since what was read may be the file itself, mapped into memory, and that file may change or go.
+    return head.to(device=device, dtype=dtype, copy=True)
 
 
 def check_weights(path: str | Path, architecture: GPTArchitecture, layer_map: Sequence[int] | None = None) -> None:

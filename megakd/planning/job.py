@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
+from megakd.cache.manifest import read_manifest
 from megakd.common.errors import UserError
 from megakd.config.architecture import GPTArchitecture
 from megakd.config.architecture_checks import check_architecture
-from megakd.config.checks import check_config
+from megakd.config.checks import check_cache_config, check_config
 from megakd.config.layouts import (
     has_own_layout,
     prefetch_steps,
@@ -20,12 +21,14 @@ from megakd.config.layouts import (
     teacher_micro_batch_size,
     teacher_parallel,
     teacher_ranks,
+    with_teacher_alone,
 )
 from megakd.config.schema import Config, ParallelSection
 from megakd.losses.chunking import chunk_rows
 from megakd.parameters.sharding import padded_vocab_size
 from megakd.planning.layout import ModelLayout, split_layers
 from megakd.training.architectures import student_architecture, teacher_architecture
+from megakd.training.teacher_cache import DRAWS, LARGEST, TAIL_SAMPLES, in_whole_blocks
 
 _Section = TypeVar("_Section", bound=BaseModel)
 _BYTES = {"fp32": 4, "bf16": 2}
@@ -211,17 +214,7 @@ def build_job(config: Config, world_size: int, device_type: str) -> Job:
     )
     teacher = None
     if config.teacher is not None and config.teacher.source == "online":
-        shape = teacher_architecture(config)
-        own = teacher_parallel(config)
-        check_architecture("teacher", shape, own, length, has_stage_split=False)
-        ranks = range(world_size - teacher_ranks(config, world_size), world_size)
-        teacher = Model(
-            shape,
-            _layout(own, shape, ranks),
-            padded_vocab_size(shape.vocab_size, 128),
-            _BYTES[config.teacher.dtype or config.run.dtype],
-            teacher_micro_batch_size(config),
-        )
+        teacher = _teacher(config, world_size)
     dense = teacher is not None and config.distill.kd_weight > 0
     chunk = chunk_rows(
         config.data.micro_batch_size * length,
@@ -239,6 +232,50 @@ def build_job(config: Config, world_size: int, device_type: str) -> Job:
         signal_bytes=_cached_bytes(config),
         head_vocab=student.padded_vocab,
         chunk=chunk,
+    )
+
+
+def build_cache_job(config: Config, world_size: int, device_type: str) -> Job:
+    """The numbers of a run that writes a teacher's cache, in which the teacher has the student's place too.
+
+    Raises:
+        UserError: the first rule that does not hold.
+    """
+    check_cache_config(with_teacher_alone(config), world_size)
+    config = in_whole_blocks(with_teacher_alone(config))
+    config = with_settings(config, {"distill.kd_weight": 1.0})  # the teacher runs whatever its weight is to be
+    teacher = _teacher(config, world_size)
+    head_vocab = padded_vocab_size(student_architecture(config).vocab_size, config.student.make_vocab_size_divisible_by)
+    chunk = chunk_rows(
+        teacher.micro_batch_size * config.data.sequence_length,
+        head_vocab // teacher.layout.tp,
+        device_type=device_type,
+        chunk_mib=config.distill.loss_chunk_mib,
+        models=1,
+    )
+    return Job(
+        config=config,
+        world_size=world_size,
+        device_type=device_type,
+        student=teacher,
+        teacher=teacher,
+        signal_bytes=0,
+        head_vocab=head_vocab,
+        chunk=chunk,
+    )
+
+
+def _teacher(config: Config, world_size: int) -> Model:
+    """The teacher on its ranks, its shape held against the layout."""
+    assert config.teacher is not None
+    shape, own = teacher_architecture(config), teacher_parallel(config)
+    check_architecture("teacher", shape, own, config.data.sequence_length, has_stage_split=False)
+    return Model(
+        shape,
+        _layout(own, shape, range(world_size - teacher_ranks(config, world_size), world_size)),
+        padded_vocab_size(shape.vocab_size, 128),
+        _BYTES[config.teacher.dtype or config.run.dtype],
+        teacher_micro_batch_size(config),
     )
 
 
@@ -264,13 +301,21 @@ def _layout(parallel: ParallelSection, architecture: GPTArchitecture, ranks: ran
 
 
 def _cached_bytes(config: Config) -> int:
-    """Bytes of a token's ids and log-probabilities as the loss takes them out of a cache."""
+    """Bytes of a token's ids and log-probabilities as the loss takes them out of a cache: that one, or one to come."""
     if config.teacher is None or config.teacher.source != "cache":
         return 0
-    cache = config.cache
-    ids = (
-        (cache.num_samples or 32)
-        if cache.mode == "sampled"
-        else (cache.k or 32) + (3 if cache.tail_samples is None else cache.tail_samples)
-    )
+    path, cache = Path(config.teacher.path), config.cache
+    if path.exists():
+        ids = ids_per_token(read_manifest(path).codec.settings())
+    elif cache.mode == "sampled":
+        ids = cache.num_samples or DRAWS
+    else:
+        ids = (cache.k or LARGEST) + (TAIL_SAMPLES if cache.tail_samples is None else cache.tail_samples)
     return ids * (8 + 4) + 8
+
+
+def ids_per_token(codec_settings: dict[str, Any]) -> int:
+    """Ids that a record of a cache has of a token."""
+    if codec_settings["mode"] == "sampled":
+        return int(codec_settings["num_samples"])
+    return int(codec_settings["k"]) + int(codec_settings["tail_samples"])

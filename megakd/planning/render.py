@@ -6,9 +6,11 @@ from collections.abc import Iterator
 
 from megakd.common.text_table import text_table
 from megakd.planning.advice import advise
+from megakd.planning.clusters import Cluster
 from megakd.planning.job import Model
 from megakd.planning.memory import StageMemory
-from megakd.planning.plan import Plan, dedicated_layers, teacher_layers
+from megakd.planning.plan import Plan, dedicated_layers, teacher_layers, usable_bytes
+from megakd.planning.traffic import Transfer
 from megakd.planning.wording import GIB, MIB, layout_text, size_text
 
 
@@ -20,7 +22,7 @@ def describe_plan(plan: Plan) -> Iterator[str]:
     yield ""
     yield from _operations(plan)
     yield ""
-    yield from _transfers(plan)
+    yield from transfers_table(plan.timing.transfers, "a step")
     yield ""
     yield from _step(plan)
     advice = advise(plan)
@@ -36,38 +38,42 @@ def _head(plan: Plan) -> Iterator[str]:
         placing = (
             f"the first {len(layout.ranks)} the student's ({placing}), {len(job.teacher.layout.ranks)} the teacher's"
         )
-    yield (
-        f"{plan.num_nodes} node{'s' if plan.num_nodes > 1 else ''} of {cluster.ranks_per_node} x {cluster.device} "
-        f"({cluster.name}): {job.world_size} ranks, {placing}"
-    )
+    yield f"{nodes_text(plan.num_nodes, cluster)}: {job.world_size} ranks, {placing}"
     teacher = "no teacher beside it"
     if job.teacher is not None:
-        teacher = f"teacher of {_count(job.teacher)} in {_dtype(job.teacher.element_size)}"
+        teacher = f"teacher of {count_text(job.teacher)} in {dtype_text(job.teacher.element_size)}"
         if job.crosses:
             own = job.teacher.layout
             teacher += f" on {layout_text(own)}, microbatches of {job.teacher.micro_batch_size}"
     data = job.config.data
     yield (
-        f"student of {_count(job.student)} parameters in "
-        f"{_dtype(job.student.element_size)}, {teacher}; a step is {job.num_microbatches} microbatches of "
+        f"student of {count_text(job.student)} parameters in "
+        f"{dtype_text(job.student.element_size)}, {teacher}; a step is {job.num_microbatches} microbatches of "
         f"{data.micro_batch_size} x {data.sequence_length:,} tokens on each of {layout.dp} replicas"
         f"{f', in {job.num_windows} windows' if job.num_windows > 1 else ''}"
     )
 
 
-def _count(model: Model) -> str:
+def nodes_text(count: int, cluster: Cluster) -> str:
+    """So many nodes of a cluster."""
+    return f"{count} node{'s' if count > 1 else ''} of {cluster.ranks_per_node} x {cluster.device} ({cluster.name})"
+
+
+def count_text(model: Model) -> str:
+    """A model's parameters in billions or millions."""
     count = model.architecture.num_parameters()
     return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
 
 
-def _dtype(element_size: int) -> str:
+def dtype_text(element_size: int) -> str:
+    """The type of elements of so many bytes."""
     return {2: "bf16", 4: "fp32"}[element_size]
 
 
 def _memory(plan: Plan) -> Iterator[str]:
     stages = [*plan.memory, *plan.teacher_memory]
     parts = list(dict.fromkeys(name for stage in stages for name in stage.parts))
-    unit, size_of_unit = ("GiB", GIB) if plan.peak >= GIB else ("MiB", MIB)
+    unit, size_of_unit = memory_unit(plan.peak)
 
     def row(name: str, stage: StageMemory, student_layers: int, teacher_layers: int) -> list[str]:
         layers, parameters = str(student_layers), f"{stage.parameters / 1e6:,.1f}"
@@ -85,15 +91,24 @@ def _memory(plan: Plan) -> Iterator[str]:
     both = "" if plan.job.teacher is None else ": student+teacher"
     yield f"{unit} of a rank at the worst moment of a step, by pipeline stage (layers and 1e6 parameters{both})"
     yield from text_table(["stage", "layers", "parameters", *parts, "peak", "moment"], rows)
-    verdict = "fits" if plan.fits else "DOES NOT FIT"
-    yield (
-        f"{verdict}: at most {size_text(plan.peak)} of {plan.capacity / GIB:.1f} GiB "
-        f"({plan.cluster.memory_gib:.1f} less {plan.cluster.reserved_gib:.1f} for driver, NCCL and allocator)"
-    )
+    yield verdict_line(fits=plan.fits, peak=plan.peak, cluster=plan.cluster)
     copy = plan.node_copy_bytes()
     if copy:
         copied = f"{size_text(copy)} of a node's main memory"
         yield f"a checkpoint in the making takes up to {copied} (checkpoint.async_save)"
+
+
+def memory_unit(peak: float) -> tuple[str, float]:
+    """The unit for a table of which this is the largest figure, and its bytes."""
+    return ("GiB", GIB) if peak >= GIB else ("MiB", MIB)
+
+
+def verdict_line(*, fits: bool, peak: float, cluster: Cluster) -> str:
+    """Whether the fullest rank's tensors fit."""
+    return (
+        f"{'fits' if fits else 'DOES NOT FIT'}: at most {size_text(peak)} of {usable_bytes(cluster) / GIB:.1f} GiB "
+        f"({cluster.memory_gib:.1f} less {cluster.reserved_gib:.1f} for driver, NCCL and allocator)"
+    )
 
 
 def _operations(plan: Plan) -> Iterator[str]:
@@ -114,15 +129,16 @@ def _operations(plan: Plan) -> Iterator[str]:
     yield from text_table(["stage", *parts, *(f"{part}, ms" for part in parts)], rows)
 
 
-def _transfers(plan: Plan) -> Iterator[str]:
-    if not plan.timing.transfers:
+def transfers_table(transfers: dict[str, Transfer], of: str) -> Iterator[str]:
+    """What is sent in `of`: a step, a window."""
+    if not transfers:
         yield "a single rank sends nothing"
         return
     rows = [
         [name, size_text(t.link_bytes), size_text(t.network_bytes), f"{t.calls:,.0f}", f"{t.seconds:.3g}"]
-        for name, t in plan.timing.transfers.items()
+        for name, t in transfers.items()
     ]
-    yield "sent in a step by the rank that sends most for each purpose"
+    yield f"sent in {of} by the rank that sends most for each purpose"
     yield from text_table(["", "within node", "over network", "calls", "seconds"], rows)
 
 
@@ -144,17 +160,27 @@ def _step(plan: Plan) -> Iterator[str]:
     steps, price = job.num_steps(), plan.cluster.price_per_gpu_hour
     run = ""
     if steps is not None:
-        hours = steps * timing.seconds / 3600
-        run = f"; the run's {steps:,} steps take {f'{hours:,.1f} hours' if hours >= 1 else f'{hours * 60:.1f} minutes'}"
+        run = f"; the run's {steps:,} steps take {hours_text(steps * timing.seconds)}"
         if price:
             run += f" and cost ${plan.price(steps * job.step_tokens):,.0f}"
     if price:
         yield f"${plan.price(1e9):,.2f} per billion tokens, at an assumed ${price:.2f} per GPU and hour{run}"
     elif run:
         yield run.removeprefix("; ")
-    yield (
-        f"assumed: products reach {plan.cluster.product_efficiency:.0%} of the peak, transfers "
-        f"{plan.cluster.transfer_efficiency:.0%} of the bandwidth; evaluations, checkpoints and stalls are not counted"
+    yield assumed_line(plan.cluster, "evaluations, checkpoints and stalls")
+
+
+def hours_text(seconds: float) -> str:
+    """How long a run takes."""
+    hours = seconds / 3600
+    return f"{hours:,.1f} hours" if hours >= 1 else f"{hours * 60:.1f} minutes"
+
+
+def assumed_line(cluster: Cluster, left_out: str) -> str:
+    """What an estimate rests on, and what is not in it."""
+    return (
+        f"assumed: products reach {cluster.product_efficiency:.0%} of the peak, transfers "
+        f"{cluster.transfer_efficiency:.0%} of the bandwidth; {left_out} are not counted"
     )
 
 

@@ -144,7 +144,7 @@ def _dedicated_timings(job: Job, cluster: Cluster) -> list[StageTiming]:
     """Of each stage of a teacher on ranks of its own."""
     if job.teacher is None or not job.is_dedicated:
         return []
-    stages = _teacher_stage_seconds(job, cluster) or [0.0] * job.teacher.layout.pp
+    stages = teacher_stage_seconds(job, cluster) or [0.0] * job.teacher.layout.pp
     return [StageTiming(0.0, 0.0, 0.0, seconds) for seconds in stages]
 
 
@@ -163,15 +163,15 @@ def _stage_timing(job: Job, cluster: Cluster, stage: int, flops: StageFlops) -> 
     if stage == job.student.layout.pp - 1:
         models = 2 if job.is_dense else 1
         logits = models * job.micro_tokens(job.student) * job.head_vocab / job.student.layout.tp * 4
-        loss = _product_seconds(cluster, flops.loss, job.student.element_size)
-        loss += _memory_seconds(cluster, _LOSS_PASSES * logits) + loss_transfer(job, cluster).seconds
+        loss = product_seconds(cluster, flops.loss, job.student.element_size)
+        loss += memory_seconds(cluster, _LOSS_PASSES * logits) + loss_transfer(job, cluster).seconds
         loss += states_transfer(job, cluster).seconds
-    teachers = _teacher_stage_seconds(job, cluster)
+    teachers = teacher_stage_seconds(job, cluster)
     teacher = max((teachers[held] for held in job.teacher_stages(stage)), default=0.0) if teachers else 0.0
     return StageTiming(forward, backward, loss, teacher)
 
 
-def _teacher_stage_seconds(job: Job, cluster: Cluster) -> list[float]:
+def teacher_stage_seconds(job: Job, cluster: Cluster) -> list[float]:
     """Seconds of each of the teacher's stages for one of its microbatches; none where it does not run."""
     if job.teacher is None:
         return []
@@ -193,7 +193,7 @@ def teacher_side_seconds(job: Job, cluster: Cluster) -> float:
 
 def _teacher_seconds(job: Job, cluster: Cluster) -> float:
     """Of a window: the teacher's pipeline, and the way of parked weights to the device."""
-    stages = _teacher_stage_seconds(job, cluster)
+    stages = teacher_stage_seconds(job, cluster)
     if job.teacher is None or not stages:
         return 0.0
     between = [boundary_transfer(job, job.teacher, cluster, stage).seconds for stage in range(len(stages) - 1)]
@@ -207,20 +207,22 @@ def _teacher_seconds(job: Job, cluster: Cluster) -> float:
 def _model_seconds(job: Job, cluster: Cluster, model: Model, flops: float, layers: int) -> float:
     """Products, and the elementwise work of so many passes through a layer."""
     elementwise = _ELEMENTWISE * job.micro_tokens(model) * layer_bytes(job, model) * layers
-    return _product_seconds(cluster, flops, model.element_size) + _memory_seconds(cluster, elementwise)
+    return product_seconds(cluster, flops, model.element_size) + memory_seconds(cluster, elementwise)
 
 
-def _product_seconds(cluster: Cluster, flops: float, element_size: int) -> float:
+def product_seconds(cluster: Cluster, flops: float, element_size: int) -> float:
+    """Of so many operations in products of elements of so many bytes."""
     return flops / (cluster.tflops(element_size) * 1e12 * cluster.product_efficiency)
 
 
-def _memory_seconds(cluster: Cluster, size: float) -> float:
+def memory_seconds(cluster: Cluster, size: float) -> float:
+    """Of so many bytes from and to a device's memory."""
     return size / (cluster.memory_gb_per_s * 1e9 * cluster.transfer_efficiency)
 
 
 def _optimizer_seconds(job: Job, cluster: Cluster, stage: int) -> float:
     shards = job.student.layout.dp if job.config.optimizer.use_distributed_optimizer else 1
-    return _memory_seconds(cluster, _OPTIMIZER_BYTES * stage_parameters(job.student)[stage].count / shards)
+    return memory_seconds(cluster, _OPTIMIZER_BYTES * stage_parameters(job.student)[stage].count / shards)
 
 
 def _exposed(job: Job, cluster: Cluster, stage: int, timing: StageTiming) -> float:

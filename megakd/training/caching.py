@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 import time
 from collections import deque
@@ -27,7 +26,6 @@ from megakd.config.layouts import with_teacher_alone
 from megakd.config.schema import Config
 from megakd.convert.output_folder import copy_tokenizer_files
 from megakd.data.batches import Batch, collate, move
-from megakd.losses.sparse_targets import BLOCK_COLUMNS
 from megakd.parallel.mesh import GroupPool
 from megakd.parallel.random_state import seed_megatron
 from megakd.parallel.rank_0 import on_rank_0
@@ -43,10 +41,17 @@ from megakd.teacher.recording import SampleRecord, TeacherRecorder
 from megakd.training.architectures import teacher_architecture
 from megakd.training.build import build_mesh, build_teacher
 from megakd.training.cache_progress import CacheProgress, duration
-from megakd.training.teacher_cache import cache_codec, cache_folder, cache_job, samples_to_store, teacher_temperature
+from megakd.training.teacher_cache import (
+    WINDOW,
+    cache_codec,
+    cache_folder,
+    cache_job,
+    in_whole_blocks,
+    samples_to_store,
+    teacher_temperature,
+)
 from megakd.training.train_data import open_train_data, run_steps
 
-WINDOW = 8  # microbatches in the pipeline at a time
 TRIAL_SAMPLES = 32  # of a dry run
 _AHEAD = 4  # windows that may wait to be written
 
@@ -76,19 +81,11 @@ def write_cache(config: Config, *, dry_run: bool = False, overwrite: bool = Fals
     return run.write(overwrite)
 
 
-def _in_whole_blocks(config: Config) -> Config:
-    """The vocabulary padded such that draws are the same on every number of ranks; see losses.sparse_targets."""
-    blocks = BLOCK_COLUMNS * config.parallel.tensor_model_parallel_size
-    multiple = math.lcm(config.student.make_vocab_size_divisible_by, blocks)
-    student = config.student.model_copy(update={"make_vocab_size_divisible_by": multiple})
-    return config.model_copy(update={"student": student})
-
-
 class _CacheRun:
     """The objects of a run that writes a cache."""
 
     def __init__(self, config: Config, platform: Platform) -> None:
-        config = _in_whole_blocks(config)
+        config = in_whole_blocks(config)
         assert config.teacher is not None
         self.config, self.platform = config, platform
         self.path = cache_folder(config)

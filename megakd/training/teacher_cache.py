@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,14 @@ from megakd.config.schema import Config
 from megakd.data.fingerprint import read_metadata
 from megakd.data.identity import file_hash
 from megakd.data.indexed import MASK_ENDING
+from megakd.losses.sparse_targets import BLOCK_COLUMNS
 from megakd.teacher.cached import Placement, signal_mode
 from megakd.training.architectures import shared_vocab_size, student_architecture, teacher_architecture
 from megakd.training.train_data import DataPart, TrainData
 
 DRAWS, LARGEST = 32, 32  # where the configuration gives no number
 LOG_PROBABILITY_BITS, TAIL_SAMPLES = 8, 3
+WINDOW = 8  # microbatches that go through the pipeline at a time
 _BLOCK = 1 << 20
 # Which tokens count: a run may count fewer than the cache, not more.
 _COUNTED = ("response", "assistant", "all")
@@ -34,6 +37,14 @@ _COUNTED = ("response", "assistant", "all")
 def cache_folder(config: Config) -> Path:
     """Where `cache` writes."""
     return Path(config.cache.path) if config.cache.path is not None else Path(config.run.output_dir) / "teacher_cache"
+
+
+def in_whole_blocks(config: Config) -> Config:
+    """The vocabulary padded such that draws are the same on every number of ranks; see losses.sparse_targets."""
+    blocks = BLOCK_COLUMNS * config.parallel.tensor_model_parallel_size
+    multiple = math.lcm(config.student.make_vocab_size_divisible_by, blocks)
+    student = config.student.model_copy(update={"make_vocab_size_divisible_by": multiple})
+    return config.model_copy(update={"student": student})
 
 
 def cache_codec(config: Config) -> Codec:

@@ -136,3 +136,13 @@ def test_rows_that_cannot_be(ids: list[list[int]], entropy: list[float], message
 def test_settings_that_cannot_be(settings: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="must be a whole number from 1 to"):
         SampledCodec(**{"vocab_size": 10, "num_samples": 4, **settings})
+
+
+def test_no_text_takes_more_than_the_bound() -> None:
+    vocab_size, num_samples, count = 128256, 32, 500
+    codec = SampledCodec(vocab_size, num_samples)
+    random = np.random.default_rng(0)
+    ids = np.sort(np.stack([random.choice(vocab_size, num_samples, replace=False) for _ in range(count)]), axis=1)
+    ids[:, -1] = vocab_size - 1
+    size = len(codec.encode(ids, random.exponential(3, count))) / count
+    assert 0.98 * codec.most_bytes_per_row < size <= codec.most_bytes_per_row + 2 / count

@@ -83,6 +83,9 @@ def test_a_sweep_prints_what_to_set(config, shapes, capsys):
         (["--cluster", "h100", "--nnodes", "0"], "--nnodes is 0; it must be at least 1."),
         (["--cluster", "h100", "--top", "3"], "--top is 3 and has no effect without --sweep."),
         (["--cluster", "h100", "--nproc-per-node", "3"], "the run has 6 ranks; there must be a multiple of"),
+        (["--cluster", "h100", "--cache", "--sweep"], "--cache and --sweep are both given"),
+        (["--cluster", "h100", "--cache", "distill.loss=reverse_kl"], "only forward_kl can be had"),
+        (["--cluster", "h100", "--cache", "teacher.source=cache"], "a cache is written from a teacher"),
         (["--cluster", "h100", "--price-per-gpu-hour", "-1"], "--price-per-gpu-hour is -1; it must be at least 0."),
         (["--cluster", "h100", "--models", "nowhere"], "--models is nowhere"),
         (["--cluster", "h100", "teacher.path=models/other"], "teacher.path is models/other; there is no such folder"),
@@ -136,3 +139,16 @@ def test_small_sizes_are_not_nothing(config, shapes, capsys):
     command = ["plan", str(config), "--cluster", "h100", "--nproc-per-node", "4", "--models", str(shapes), "--sweep"]
     assert main(command) == 0
     assert " MiB " in capsys.readouterr().out
+
+
+def test_the_writing_of_a_cache_is_planned_without_the_student(config, shapes, capsys):
+    own = "teacher.parallel.tensor_model_parallel_size=1"
+    command = ["plan", str(config), own, "--cluster", "h100", "--models", str(shapes), "--cache"]
+    assert main(command) == 0
+    text = capsys.readouterr().out
+    assert "8 ranks, TP 1 x PP 2 x DP 4" in text and "the teacher alone, of" in text
+    assert "optimizer" not in text and "gradients" not in text
+    assert main([*command, "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["fits"] is True and figures["window"]["tokens"] == 8 * 64 * 4
+    assert figures["peak_bytes"] == max(stage["peak_bytes"] for stage in figures["stages"])

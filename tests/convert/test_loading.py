@@ -93,6 +93,13 @@ def test_head_in_another_vocabulary_partition(tmp_path: Path, tied: bool, padded
     assert torch.equal(torch.cat(parts), expected)
 
 
+def test_a_head_is_no_view_of_the_file(tmp_path: Path) -> None:
+    """Which would hold all rows, and change or fail with the file."""
+    save_llama(tmp_path)
+    head = load_head(tmp_path, tp_rank=0, tp_size=2, padded_vocab=130, dtype=torch.float32, device="cpu")
+    assert head.untyped_storage().nbytes() == 65 * 32 * 4
+
+
 def test_more_tensor_ranks_than_query_groups_are_refused(tmp_path: Path) -> None:
     save_llama(tmp_path, num_attention_heads=8, num_key_value_heads=2)
     with pytest.raises(UserError, match=r"size is 4; it must divide the model's num_query_groups \(2\)"):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from megakd.config.load import load_config
+from megakd.planning.cache_plan import build_cache_plan
 from megakd.planning.clusters import CLUSTERS
-from megakd.planning.job import build_job, find_models, with_settings
+from megakd.planning.job import build_cache_job, build_job, find_models, with_settings
 from megakd.planning.plan import Plan, build_plan
 from megakd.planning.splits import best_split
 from tests.configs.examples import FILES, ROOT, cluster_of
@@ -36,6 +37,15 @@ def test_the_stages_are_balanced(name):
     found = best_split(plan.job, plan.cluster)
     assert found is not None
     assert plan.timing.seconds < 1.01 * found[1].timing.seconds
+
+
+def test_the_cache_is_written_on_the_same_cluster():
+    config, _ = find_models(load_config(ROOT / "configs" / "llama31_70b_cached_to_1b.yaml"), SHAPES)
+    plan = build_cache_plan(build_cache_job(config, 8, "cuda"), CLUSTERS["a100"])
+    assert plan.fits and plan.tokens is not None
+    # What the file says of it: 17.6 GB of the teacher on a rank, about 0.3 TB of cache.
+    assert plan.memory[0].resident["teacher"] == pytest.approx(17.6e9, rel=0.01)
+    assert 0.3e12 < plan.tokens * plan.bytes_per_token[0] < 0.7e12
 
 
 def test_a_cached_teacher_leaves_the_student_alone():

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from megakd.config.schema import Config
-from megakd.planning.job import build_job
+from megakd.planning.cache_plan import cache_memory
+from megakd.planning.job import build_cache_job, build_job
 from megakd.planning.memory import stage_memory
 from megakd.planning.teacher_memory import teacher_memory
 from tests import workers
@@ -146,6 +147,43 @@ def test_the_peak_of_either_side_is_within_a_tenth_of_the_measured_one(run_ranks
     of_teacher = values["teacher"]["ranks"]
     for is_teacher, stage, peak in run_ranks(ranks, measured_peak_of_side, values, teacher_ranks=of_teacher):
         assert predicted[is_teacher][stage].peak == pytest.approx(peak, rel=0.1)
+
+
+CACHES: dict[str, tuple[int, dict[str, Any]]] = {
+    "one_rank": (1, {}),
+    "cut_sequences_and_stages": (4, layout(2, 2, parallel__sequence_parallel=True)),
+    "bf16_of_its_own_layout": (
+        2, {"teacher__parallel": {"pipeline_model_parallel_size": 2, "micro_batch_size": 4}, **BF16}
+    ),
+    "largest": (2, layout(2, 1, cache__mode="topk", cache__k=16)),
+}  # fmt: skip
+
+
+def measured_peak_of_caching(values: dict[str, Any]) -> tuple[int, int]:
+    """This rank's stage and most bytes of tensors alive while its windows are worked on."""
+    from megakd.config.layouts import with_teacher_alone
+    from megakd.platform import build_platform
+    from megakd.training.caching import _CacheRun
+    from tools.benchmarks.live_bytes import LiveBytes
+
+    gc.collect()
+    with LiveBytes() as count:
+        run = _CacheRun(with_teacher_alone(Config.model_validate(values)), build_platform())
+        count.reset_peak()
+        for window in run._windows(run.ids):
+            assert sum(record.rows for record in run._encode(window)) > 0
+    return run.mesh.pp_rank, count.peak
+
+
+@pytest.mark.parametrize("case", CACHES)
+def test_the_peak_of_writing_a_cache_is_within_a_tenth_of_the_measured_one(run_ranks, files, case):
+    ranks, settings = CACHES[case]
+    values = run_values(
+        files, data__sequence_length=128, data__micro_batch_size=2, data__global_batch_size=16, **settings
+    )
+    predicted = cache_memory(build_cache_job(Config.model_validate(values), ranks, "cpu"))
+    for stage, peak in run_ranks(ranks, measured_peak_of_caching, values):
+        assert predicted[stage].peak == pytest.approx(peak, rel=0.1)
 
 
 def test_what_shards_and_saves_memory_does():

@@ -18,7 +18,7 @@ SEQUENCE, VOCAB = 16, 300
 # Figures of the machine, not of the run.
 TIMED = {
     "tokens_per_second", "tflops_per_rank", "teacher_share", "data_share", "step_seconds", "memory_bytes",
-    "peak_memory_bytes", *map(seconds_key, STEP_PARTS),
+    "peak_memory_bytes", "student_wait_share", "teacher_wait_share", *map(seconds_key, STEP_PARTS),
 }  # fmt: skip
 
 
@@ -107,13 +107,26 @@ def layout(tp: int = 1, pp: int = 1, **settings: Any) -> dict[str, Any]:
 
 def records(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
     """What a run in `folder`/run logged, without what differs from machine to machine."""
-    lines = (folder / "run" / name).read_text().splitlines()
-    return [{key: value for key, value in json.loads(line).items() if key not in TIMED} for line in lines]
+    return [{key: value for key, value in line.items() if key not in TIMED} for line in all_of_records(folder, name)]
+
+
+def all_of_records(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    """What a run in `folder`/run logged."""
+    return [json.loads(line) for line in (folder / "run" / name).read_text().splitlines()]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     """The student that a run in `folder`/run exported."""
     return load_file(folder / "run" / "student" / "model.safetensors")
+
+
+def assert_same_run(found: Path, expected: Path, steps: int) -> None:
+    """Both of `steps` steps logged the same and exported the same weights."""
+    assert [record["step"] for record in records(found)] == list(range(1, steps + 1))
+    assert records(found) == records(expected)
+    trained, whole = weights(found), weights(expected)
+    assert trained.keys() == whole.keys()
+    assert all(torch.equal(trained[key], weight) for key, weight in whole.items())
 
 
 @dataclass

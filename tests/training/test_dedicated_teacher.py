@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.training.jobs import Job
-from tests.training.runs import SEQUENCE, layout, records, run_values, weights, write_run_files
+from tests.training.runs import SEQUENCE, all_of_records, assert_same_run, layout, records, run_values, write_run_files
 from tests.workers import RankPools
 
 RANKS, STEPS = 3, 12
@@ -71,18 +71,9 @@ def run_until_stopped(values: dict[str, Any], step: int, rank: int) -> Any:
         return run_sides(values)
 
 
-def of_run(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
-    """What a run logged, without what differs from machine to machine."""
-    return [{key: value for key, value in line.items() if key not in WAITS} for line in records(folder, name)]
-
-
-def assert_same_run(found: Path, expected: Path) -> None:
-    assert [record["step"] for record in of_run(found)] == list(range(1, STEPS + 1))
-    assert of_run(found) == of_run(expected)
-    assert of_run(found, "evaluations.jsonl") == of_run(expected, "evaluations.jsonl")
-    trained, whole = weights(found), weights(expected)
-    assert trained.keys() == whole.keys()
-    assert all(torch.equal(trained[key], weight) for key, weight in whole.items())
+def assert_same_run_and_scores(found: Path, expected: Path) -> None:
+    assert_same_run(found, expected, STEPS)
+    assert records(found, "evaluations.jsonl") == records(expected, "evaluations.jsonl")
 
 
 @pytest.fixture(scope="module")
@@ -100,11 +91,11 @@ def test_a_run_is_that_of_a_teacher_on_the_same_ranks(
 
     run_ranks(2, run_distill, values_of(files, tmp_path, own={}))
     for name in ("metrics.jsonl", "evaluations.jsonl"):
-        found, expected = of_run(whole, name), of_run(tmp_path, name)
+        found, expected = records(whole, name), records(tmp_path, name)
         assert len(found) == len(expected) > 0
         for record, other in zip(found, expected, strict=True):
             assert record == pytest.approx(other, rel=1e-4)
-    shares = [[record[key] for key in WAITS] for record in records(whole)]
+    shares = [[record[key] for key in WAITS] for record in all_of_records(whole)]
     assert len(shares) == STEPS
     assert all(0 <= share <= 1 for pair in shares for share in pair)
 
@@ -125,7 +116,7 @@ def test_a_teacher_for_evaluation_alone(files: Path, tmp_path: Path, run_ranks: 
     assert len(found) == len(expected) == 2
     for record, other in zip(found, expected, strict=True):
         assert record == pytest.approx(other, rel=1e-4)
-    assert not WAITS & records(tmp_path / "own")[0].keys()
+    assert not WAITS & all_of_records(tmp_path / "own")[0].keys()
 
 
 @pytest.mark.parametrize("prefetch_steps", [0, 2])
@@ -144,7 +135,7 @@ def test_a_stopped_run_lets_its_teacher_go_and_goes_on(
         None,
     ]
     run_ranks(RANKS, run_sides, values, teacher_ranks=1)
-    assert_same_run(tmp_path, whole)
+    assert_same_run_and_scores(tmp_path, whole)
 
 
 def test_patience_ends_a_run_whose_teacher_is_ahead(
@@ -208,7 +199,7 @@ def test_a_killed_teacher_ends_the_job_soon_with_the_reason(
     assert jobs[0].log.splitlines()[-1].startswith("error: rank 2 was killed by SIGKILL"), jobs[0].log[-3000:]
     assert "DP 1 of rank 2, its own, microbatches of 2, up to 2 steps ahead" in jobs[0].log
     run_ranks(RANKS, run_sides, values, teacher_ranks=1)
-    assert_same_run(tmp_path, whole)
+    assert_same_run_and_scores(tmp_path, whole)
 
 
 def test_a_killed_teacher_is_started_again(files: Path, whole: Path, tmp_path: Path, jobs: list[Job]) -> None:
@@ -217,7 +208,7 @@ def test_a_killed_teacher_is_started_again(files: Path, whole: Path, tmp_path: P
     os.kill(jobs[0].rank_pids()[2], signal.SIGKILL)
     assert jobs[0].end() == 0, jobs[0].log[-3000:]
     assert "resumed from" in jobs[0].log
-    assert_same_run(tmp_path, whole)
+    assert_same_run_and_scores(tmp_path, whole)
 
 
 def test_a_signal_to_the_teacher_saves_and_stops_the_run(files: Path, tmp_path: Path, jobs: list[Job]) -> None:

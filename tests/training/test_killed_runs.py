@@ -13,11 +13,10 @@ from typing import Any
 
 import psutil
 import pytest
-import torch
 
 from tests.training.interrupted import run_distill
 from tests.training.jobs import TIMEOUT_SECONDS, Job, is_saving
-from tests.training.runs import layout, records, run_values, weights, write_run_files
+from tests.training.runs import assert_same_run, layout, records, run_values, write_run_files
 
 SLOW = "tests.training.interruptible_worker"
 KILLS, MANY_KILLS = 5, 200
@@ -39,14 +38,6 @@ def job_values(files: Path, out: Path, steps: int, **settings: Any) -> dict[str,
         "data__micro_batch_size": 8,
     }  # fmt: skip
     return run_values(files, **layout(2), **(fixed | settings))
-
-
-def assert_same_run(found: Path, expected: Path, steps: int) -> None:
-    assert [record["step"] for record in records(found)] == list(range(1, steps + 1))
-    assert records(found) == records(expected)
-    trained, whole = weights(found), weights(expected)
-    assert trained.keys() == whole.keys()
-    assert all(torch.equal(trained[key], weight) for key, weight in whole.items())
 
 
 def wait_for_moment(job: Job, moment: str, rng: random.Random, life: int) -> None:

@@ -20,20 +20,27 @@ from megakd.config.load import config_from_dict, dump_config
 from tests.training.interrupted import run_distill
 from tests.training.jobs import ROOT, TIMEOUT_SECONDS, Job
 from tests.training.networks import Network, two_machines
-from tests.training.runs import layout, run_values, write_run_files
+from tests.training.runs import assert_same_run, layout, run_values, write_run_files
 from tests.training.slurm import SCRIPT, fake_slurm
-from tests.training.test_killed_runs import assert_same_run
+from tests.training.test_dedicated_teacher import run_sides
 
 STEPS = 40
 SLOW = "tests.training.interruptible_worker"
 Start = Callable[..., list[Job]]
 
 
-def values_of(files: Path, out: Path) -> dict[str, Any]:
+def values_of(files: Path, out: Path, *, tp: int = 2) -> dict[str, Any]:
     return run_values(
-        files, **layout(2), run__output_dir=str(out / "run"), schedule__train_steps=STEPS,
+        files, **layout(tp), run__output_dir=str(out / "run"), schedule__train_steps=STEPS,
         checkpoint__save_interval=5, checkpoint__keep_last=2, logging__log_interval=1000, data__micro_batch_size=8,
     )  # fmt: skip
+
+
+def values_of_two_sides(files: Path, out: Path) -> dict[str, Any]:
+    """A student on one rank and its teacher on another."""
+    values = values_of(files, out, tp=1)
+    values["teacher"].update(placement="dedicated", ranks=1, prefetch_steps=2)
+    return values
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +69,9 @@ def start(files: Path, tmp_path: Path, network: Network) -> Iterator[Start]:
     """`start()`: two nodes of one rank each, node 0 first in the list; they end with the test."""
     jobs: list[Job] = []
 
-    def start(max_restarts: int = 0, worker: str = SLOW) -> list[Job]:
+    def start(max_restarts: int = 0, worker: str = SLOW, values: dict[str, Any] | None = None) -> list[Job]:
         both = [
-            Job(values_of(files, tmp_path), 1, max_restarts=max_restarts, worker=worker, nodes=nodes,
+            Job(values or values_of(files, tmp_path), 1, max_restarts=max_restarts, worker=worker, nodes=nodes,
                 prefix=network.prefixes[nodes.rank])
             for nodes in reversed(network.nodes())
         ]  # fmt: skip
@@ -140,6 +147,19 @@ def test_no_node_outlives_the_other_and_the_same_commands_go_on(whole: Path, tmp
     os.kill(nodes[1].rank_pids()[0], signal.SIGKILL)
     assert [job.end() for job in nodes] == [0, 0], [job.log[-3000:] for job in nodes]
     assert nodes[0].log.count("resumed from") == 2
+    assert_same_run(tmp_path, whole, STEPS)
+
+
+def test_a_teacher_on_a_node_of_its_own_is_started_again_and_ends_as_on_one_node(
+    files: Path, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, start: Start, run_ranks: Callable[..., Any]
+) -> None:
+    whole = tmp_path_factory.mktemp("two-sides")
+    run_ranks(2, run_sides, values_of_two_sides(files, whole), teacher_ranks=1)
+    nodes = start(max_restarts=1, values=values_of_two_sides(files, tmp_path))
+    nodes[0].wait_for_checkpoint(5)
+    os.kill(nodes[1].rank_pids()[0], signal.SIGKILL)
+    assert [job.end() for job in nodes] == [0, 0], [job.log[-3000:] for job in nodes]
+    assert have_resumed(nodes)
     assert_same_run(tmp_path, whole, STEPS)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,7 +23,7 @@ from megakd.common.step_parts import (
     TEACHER,
     part_seconds,
 )
-from tests.training.runs import layout, run_values, write_run_files
+from tests.training.runs import all_of_records, layout, run_values, write_run_files
 
 DELAY = 0.2
 SHARDED = {
@@ -81,10 +80,6 @@ def run_slowed(values: dict[str, Any], place: str | None, rank: int = 0) -> None
         distill(config_from_dict(values))
 
 
-def lines(folder: Path, name: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "run" / name).read_text().splitlines()]
-
-
 def values_of(files: Path, out: Path, **settings: Any) -> dict[str, Any]:
     return run_values(
         files, run__output_dir=str(out / "run"), run__export=False, checkpoint__save_at_end=False,
@@ -102,7 +97,7 @@ def test_parts_add_up_to_the_step_on_every_rank(
 ) -> None:
     run_ranks(world_size, run_slowed, values_of(files, tmp_path, **settings), None)
     stages = settings["parallel__pipeline_model_parallel_size"]
-    for record in lines(tmp_path, "metrics.jsonl"):
+    for record in all_of_records(tmp_path, "metrics.jsonl"):
         parts = part_seconds(record)
         assert parts is not None
         assert sum(parts.values()) == pytest.approx(record["step_seconds"], abs=1e-5)
@@ -110,9 +105,9 @@ def test_parts_add_up_to_the_step_on_every_rank(
         assert parts[COMMUNICATION] > 0  # of one rank, in the groups of one that megatron-core reduces over
         assert record["teacher_share"] == pytest.approx(parts[TEACHER] / record["step_seconds"], abs=1e-3)
         assert 0 < record["memory_bytes"] <= record["peak_memory_bytes"]
-    told = lines(tmp_path, "step_times.jsonl")
+    told = all_of_records(tmp_path, "step_times.jsonl")
     assert [(line["step"], line["steps"]) for line in told] == [(1, 1), (2, 1), (4, 2)]
-    by_step = {record["step"]: record for record in lines(tmp_path, "metrics.jsonl")}
+    by_step = {record["step"]: record for record in all_of_records(tmp_path, "metrics.jsonl")}
     for line in told:
         assert [row["rank"] for row in line["rows"]] == list(range(world_size))
         for row in line["rows"]:
@@ -132,7 +127,7 @@ def test_what_is_slow_shows_in_its_part(
 ) -> None:
     values = values_of(files, tmp_path, data__global_batch_size=2, schedule__train_steps=1)
     run_ranks(1, run_slowed, values, place)
-    (record,) = lines(tmp_path, "metrics.jsonl")
+    (record,) = all_of_records(tmp_path, "metrics.jsonl")
     parts = part_seconds(record)
     assert parts is not None
     part = LOSS if place == "loss backward" else place
@@ -145,7 +140,7 @@ def test_a_slow_stage_is_waited_for_by_the_others(
 ) -> None:
     values = values_of(files, tmp_path, **layout(2, 2), schedule__train_steps=1, data__global_batch_size=2)
     run_ranks(4, run_slowed, values, FORWARD, 0)
-    (line,) = lines(tmp_path, "step_times.jsonl")
+    (line,) = all_of_records(tmp_path, "step_times.jsonl")
     for row in line["rows"]:
         slow = FORWARD if row["rank"] == 0 else COMMUNICATION
         assert row["seconds"][slow] >= 0.9 * DELAY, row
