@@ -7,8 +7,10 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from megakd.common.stop_request import Interruption
 
@@ -65,7 +67,7 @@ def save_interruption(folders: Sequence[Path], rank: int, interruption: Interrup
 
 def load_interruption(folders: Sequence[Path]) -> Interruption | None:
     """Why the ranks ended before their time; None where they did not."""
-    found = [Interruption(**json.loads(path.read_text())) for path in _all(folders, "rank-*.interrupted")]
+    found = [Interruption(**record) for record in _read_all(folders, "rank-*.interrupted")]
     return min(found, key=lambda interruption: "another rank" in interruption.reason, default=None)
 
 
@@ -80,6 +82,7 @@ def clear_records(log_dir: Path) -> None:
         "rank-*.error",
         "rank-*.hang",
         "rank-*.interrupted",
+        "rank-*.partial-*",
         _of_all_nodes(AGENT_RECORD),
         _of_all_nodes(AGENT_LOG),
     )
@@ -89,13 +92,13 @@ def clear_records(log_dir: Path) -> None:
 
 def load_rank_errors(folders: Sequence[Path]) -> list[RankError]:
     """The ranks' exceptions, earliest first."""
-    errors = [RankError(**json.loads(path.read_text())) for path in _all(folders, "rank-*.error")]
+    errors = [RankError(**record) for record in _read_all(folders, "rank-*.error")]
     return sorted(errors, key=lambda error: error.time)
 
 
 def load_rank_exits(folders: Sequence[Path]) -> list[RankExit]:
     """The ranks' exits, without those that torchrun brought about later."""
-    records = [json.loads(path.read_text()) for path in _all(folders, _of_all_nodes(AGENT_RECORD))]
+    records = _read_all(folders, _of_all_nodes(AGENT_RECORD))
     exits = [RankExit(**entry) for entries in records for entry in entries]
     first = min((e.time for e in exits), default=0.0)
     return [e for e in exits if e.time <= first + _SAME_MOMENT_SECONDS]
@@ -119,8 +122,13 @@ def first_failure(errors: list[RankError], exits: list[RankExit]) -> RankError |
     return next(iter(others or exits), None)
 
 
-def _all(folders: Sequence[Path], pattern: str) -> list[Path]:
-    return sorted(path for folder in folders for path in folder.glob(pattern))
+def _read_all(folders: Sequence[Path], pattern: str) -> list[Any]:
+    """The records that are there: ranks that start again remove theirs while others look."""
+    found = []
+    for path in sorted(path for folder in folders for path in folder.glob(pattern)):
+        with suppress(FileNotFoundError):
+            found.append(json.loads(path.read_text()))
+    return found
 
 
 def _write_somewhere(folders: Sequence[Path], name: str, text: str) -> None:

@@ -11,6 +11,7 @@ from megakd.launch.failures import (
     RankExit,
     clear_records,
     first_failure,
+    load_interruption,
     load_rank_errors,
     load_rank_exits,
     save_rank_error,
@@ -27,6 +28,15 @@ def test_the_earliest_exception_is_first(tmp_path: Path) -> None:
         save_rank_error([tmp_path], error)
     assert [error.rank for error in load_rank_errors([tmp_path])] == [10, 0, 2]
     assert first_failure(load_rank_errors([tmp_path]), []) == rank_error(10, 11.0)
+
+
+def test_a_record_that_its_rank_removes_meanwhile_is_passed_over(tmp_path: Path) -> None:
+    """A link to nothing is listed, and is not there when it is read."""
+    save_rank_error([tmp_path], rank_error(0, 12.5))
+    (tmp_path / "rank-1.error").symlink_to(tmp_path / "gone")
+    (tmp_path / "rank-1.interrupted").symlink_to(tmp_path / "gone")
+    assert [error.rank for error in load_rank_errors([tmp_path])] == [0]
+    assert load_interruption([tmp_path]) is None
 
 
 def test_a_crash_comes_before_its_peers_exceptions() -> None:
