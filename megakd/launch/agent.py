@@ -30,12 +30,15 @@ def main(argv: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
+    from megakd.launch.rendezvous import register
+
     log_dir, nodes = Path(options["log_dir"]), Nodes(**options["nodes"])
     if options["max_restarts"] or not nodes.is_alone:
         # torch 2.13's agents keep one store through restarts, in which restarted ranks find what the dead ones left. So
         # rank 0 opens one, on a port that was free; should another process have taken it since, a restart finds a new
         # one. Where ranks start once, the agent's store does, whose port nobody can take.
         os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    register(nodes.rank)
     _log_to_file(log_dir / nodes.file(AGENT_LOG))
     rank_options = json.dumps({"agent_pid": os.getpid(), "folders": [str(log_dir), options["scratch_dir"]]})
     arguments = [

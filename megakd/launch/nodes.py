@@ -43,7 +43,7 @@ class Nodes:
         is_host = str(self.rank == 0).lower()
         return [
             f"--nnodes={self.count}",
-            "--rdzv-backend=c10d",
+            "--rdzv-backend=megakd",  # rendezvous.py
             f"--rdzv-endpoint={self.host}:{self.port}",
             f"--rdzv-id={self.job}",
             f"--rdzv-conf=is_host={is_host},join_timeout={_JOIN_SECONDS}",

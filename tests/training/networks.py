@@ -33,7 +33,7 @@ class Network:
 def two_machines() -> Iterator[Network]:
     """Two network namespaces that only a cable joins; where those are not permitted, this machine's loopback twice."""
     names = [f"megakd-{os.getpid()}-{rank}" for rank in (0, 1)]
-    addresses = ("10.231.77.1", "10.231.77.2")
+    addresses = ("10.231.77.2", "10.231.77.1")  # it is not the addresses' order that counts
     try:
         try:
             _join(names, addresses)
