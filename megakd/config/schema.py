@@ -100,7 +100,7 @@ class TeacherSection(Section):
         default=None,
         gt=0,
         description="Microbatches of the student for which the teacher's hidden states are held at a time; all of a "
-        "step where not given.",
+        "step where not given. What a dedicated teacher is ahead by waits on its own ranks.",
     )
     offload: Literal["none", "cpu"] = Field(
         default="none", description="Where the teacher's weights wait while it does not run: cpu frees the GPU of them."

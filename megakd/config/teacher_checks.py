@@ -111,10 +111,14 @@ def check_teacher_ranks(config: Config, world_size: int) -> None:
     ranks, available = ranks_per_replica(parallel), teacher_ranks(config, world_size)
     if available % ranks:
         if teacher_is_dedicated(config):
+            left = ranks_per_replica(config.parallel)
+            shares = [share for share in range(ranks, world_size, ranks) if (world_size - share) % left == 0]
+            nearest = sorted(sorted(shares, key=lambda share: abs(share - available))[:2])
+            remedy = f"Use {either([str(share) for share in nearest])}, or change" if nearest else "Change"
             raise UserError(
                 f"teacher.ranks is {available}; it must be a multiple of the teacher's {replica(parallel)} = {ranks} "
-                f"(teacher.parallel; what it leaves out is the student's). Use {neighbours(available, ranks)}, or "
-                "change teacher.parallel."
+                f"(teacher.parallel), and what it leaves of {world_size} ranks one of the student's "
+                f"{replica(config.parallel)} = {left}. {remedy} teacher.parallel or the number of ranks."
             )
         raise UserError(
             f"the run has {available} ranks; there must be a multiple of the teacher's {replica(parallel)} = {ranks} "
@@ -125,18 +129,21 @@ def check_teacher_ranks(config: Config, world_size: int) -> None:
     data, replicas = config.data, student_ranks(config, world_size) // ranks_per_replica(config.parallel)
     count = data.global_batch_size // (data.micro_batch_size * replicas)
     window = count if teacher.signal_window is None else teacher.signal_window
+    micro = teacher_micro_batch_size(config)
+    each, unit = data.micro_batch_size * replicas, micro * (available // ranks)
+    usable = [str(n) for n in range(1, count + 1) if count % n == 0 and n * each % unit == 0]
     if count % window:
+        remedy = f"Use {either(usable)}." if usable else "Leave it out."
         raise UserError(
             f"teacher.signal_window is {window}; it must divide the {count} microbatches of a step "
             f"(data.global_batch_size {data.global_batch_size} / (data.micro_batch_size {data.micro_batch_size} x "
-            f"data-parallel size {replicas})). Use {either([str(n) for n in range(1, count + 1) if count % n == 0])}."
+            f"data-parallel size {replicas})). {remedy}"
         )
-    samples, micro = window * data.micro_batch_size * replicas, teacher_micro_batch_size(config)
-    unit = micro * (available // ranks)
-    if samples % unit:
+    if window * each % unit:
+        remedy = f"Set teacher.signal_window to {either(usable)}, or change" if usable else "Change"
         raise UserError(
-            f"the teacher goes through {samples} samples at a time ({window} microbatches of {data.micro_batch_size} "
-            f"on {replicas} of the student's data ranks); they must be a multiple of teacher.parallel.micro_batch_size "
-            f"{micro} x its data-parallel size {available // ranks} = {unit}. Change "
-            "teacher.parallel.micro_batch_size, teacher.signal_window or data.global_batch_size."
+            f"the teacher goes through {window * each} samples at a time ({window} microbatches of "
+            f"{data.micro_batch_size} on {replicas} of the student's data ranks); they must be a multiple of "
+            f"teacher.parallel.micro_batch_size {micro} x its data-parallel size {available // ranks} = {unit}. "
+            f"{remedy} teacher.parallel.micro_batch_size or data.global_batch_size."
         )

@@ -79,7 +79,11 @@ REFUSED: list[tuple[str, dict[str, Any], tuple[int, ...], str]] = [
      "(data.micro_batch_size 2 x data-parallel size 2)). Use 1, 2 or 4."),
     ("teacher_ranks", {"teacher__signal_window": 1, "teacher__parallel": {"micro_batch_size": 4}}, (2,),
      "the teacher goes through 4 samples at a time (1 microbatches of 2 on 2 of the student's data ranks); they must "
-     "be a multiple of teacher.parallel.micro_batch_size 4 x its data-parallel size 2 = 8."),
+     "be a multiple of teacher.parallel.micro_batch_size 4 x its data-parallel size 2 = 8. Set teacher.signal_window "
+     "to 2 or 4, or change teacher.parallel.micro_batch_size or data.global_batch_size."),
+    ("teacher_ranks", {"teacher__signal_window": 3, "teacher__parallel": {"micro_batch_size": 4}}, (2,),
+     "teacher.signal_window is 3; it must divide the 4 microbatches of a step (data.global_batch_size 16 / "
+     "(data.micro_batch_size 2 x data-parallel size 2)). Use 2 or 4."),
     ("best", {"evaluation": {"patience": 2}}, (),
      "evaluation.patience is 2 and evaluation.metric is null; patience counts evaluations without a better"),
     ("best", {"evaluation": {"metric": "cross_entropy"}, "data__valid": ["x"]}, (),
@@ -176,10 +180,16 @@ REFUSED: list[tuple[str, dict[str, Any], tuple[int, ...], str]] = [
      "teacher.placement is given and has no effect on a cache (teacher.source), which is no model that runs."),
     ("teacher_ranks", {**OWN_RANKS, "teacher__ranks": 3, "teacher__parallel": {"tensor_model_parallel_size": 2}}, (4,),
      "teacher.ranks is 3; it must be a multiple of the teacher's tensor_model_parallel_size 2 x "
-     "pipeline_model_parallel_size 1 = 2 (teacher.parallel; what it leaves out is the student's). Use 2 or 4, or"),
+     "pipeline_model_parallel_size 1 = 2 (teacher.parallel), and what it leaves of 4 ranks one of the student's "
+     "tensor_model_parallel_size 1 x pipeline_model_parallel_size 1 = 1. Use 2, or change teacher.parallel or the "
+     "number of ranks."),
+    ("teacher_ranks", {**OWN_RANKS, "teacher__ranks": 3, "teacher__parallel": {"tensor_model_parallel_size": 4}}, (4,),
+     "teacher.ranks is 3; it must be a multiple of the teacher's tensor_model_parallel_size 4 x "
+     "pipeline_model_parallel_size 1 = 4 (teacher.parallel), and what it leaves of 4 ranks one of the student's "
+     "tensor_model_parallel_size 1 x pipeline_model_parallel_size 1 = 1. Change teacher.parallel or the number of "),
     ("teacher_ranks", {**OWN_RANKS, "teacher__ranks": 16}, (17,),
      "the teacher goes through 16 samples at a time (8 microbatches of 2 on 1 of the student's data ranks); they must "
-     "be a multiple of teacher.parallel.micro_batch_size 2 x its data-parallel size 16 = 32."),
+     "be a multiple of teacher.parallel.micro_batch_size 2 x its data-parallel size 16 = 32. Change "),
     ("global_batch", {TP: 2}, (6,),
      "data.global_batch_size is 16; it must be a multiple of data.micro_batch_size 2 x data-parallel size 3 = 6 "
      "(6 ranks / (tensor_model_parallel_size 2 x pipeline_model_parallel_size 1)). Use 12 or 18."),
