@@ -250,14 +250,52 @@ def test_a_window_bounds_what_is_held(run_ranks, files):
     assert sizes == {window: window * 2 * SEQUENCE // 2 * 48 * 2 for window in (1, 2, 8)}
 
 
+def teacher_on_the_device(values: dict[str, Any]) -> list[list[int]]:
+    """Elements of the teacher's layers that are there before, while and after it runs, in each of two steps."""
+    from tests.training.runs import build
+
+    built = build(values)
+    model = built.teacher._stage.model
+    run, counts = built.teacher._stage.run, []
+
+    def count() -> int:
+        return sum(parameter.untyped_storage().nbytes() // 4 for parameter in model.parameters())
+
+    def watched(microbatches):
+        found = run(microbatches)
+        counts[-1].append(count())
+        return found
+
+    built.teacher._stage.run = watched
+    for step in range(2):
+        counts.append([count()])
+        built.train(step, step + 1)
+        counts[-1].append(count())
+    return counts
+
+
+@pytest.mark.parametrize("of_teacher", [{}, teacher(2, 1)])
+def test_offloaded_weights_are_there_only_while_the_teacher_runs(run_ranks, files, of_teacher):
+    values = values_of(files, **layout(1, 2), **of_teacher)
+    kept = run_ranks(2, teacher_on_the_device, values)
+    values["teacher"]["offload"] = "cpu"
+    for parked, there in zip(run_ranks(2, teacher_on_the_device, values), kept, strict=True):
+        count = there[0][0]
+        assert count > 0 and there == [[count, count, count]] * 2
+        assert parked == [[0, count, 0]] * 2
+
+
 @pytest.mark.parametrize("vocab", [1000, 128000])
-@pytest.mark.parametrize(("tp", "pp", "own_ranks"), [(2, 2, 0), (1, 1, 0), (2, 1, 2)])
-def test_states_travel_once_whatever_the_vocabulary(run_ranks, tmp_path, vocab, tp, pp, own_ranks):
+@pytest.mark.parametrize(
+    ("tp", "pp", "own_ranks", "of_teacher"),
+    [(2, 2, 0, teacher(1, 4)), (1, 1, 0, teacher(1, 4)), (2, 1, 2, teacher(1, 2)),
+     (2, 1, 2, teacher(2, 1, sequence_parallel=True)), (2, 1, 2, teacher(2, 1, sequence_parallel=False))],
+)  # fmt: skip
+def test_states_travel_once_whatever_the_vocabulary(run_ranks, tmp_path, vocab, tp, pp, own_ranks, of_teacher):
     for name, hidden in (("student", 32), ("teacher", 256)):
         save_llama(tmp_path / name, seed=1, vocab=vocab, hidden_size=hidden, **EIGHT)
     write_tokens(tmp_path / "data", learnable_tokens(64 * SEQUENCE + 1), vocab)
-    values = run_values(tmp_path, run__dtype="bf16", data__global_batch_size=16, **layout(tp, pp))
-    values["teacher"]["parallel"] = {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": own_ranks or 4}
+    values = run_values(tmp_path, run__dtype="bf16", data__global_batch_size=16, **layout(tp, pp), **of_teacher)
     if own_ranks:
         values["teacher"].update(placement="dedicated", ranks=own_ranks)
     sent = run_ranks(4, crossing_bytes, values, teacher_ranks=own_ranks)
