@@ -20,7 +20,7 @@ from megakd.common.locks import try_lock
 from megakd.common.logging import log
 from megakd.common.stop_request import RESUME_STATUS
 from megakd.common.watchdog import GRACE_SECONDS, describe_hang, load_hangs
-from megakd.config.layouts import widest_tensor_parallel
+from megakd.config.layouts import teacher_is_dedicated, teacher_ranks, widest_tensor_parallel
 from megakd.config.load import dotted_settings, dump_config
 from megakd.config.schema import Config
 from megakd.launch.failures import (
@@ -85,6 +85,7 @@ def run_action(
             terms={"the command": " ".join([action, *flags]), **dotted_settings(config)},
             begin=begin,
             variables=lambda met: _gpu_variables(config, met),
+            teacher_ranks=teacher_ranks(config, world_size) if teacher_is_dedicated(config) else 0,
         )
 
 
@@ -136,6 +137,7 @@ def launch_ranks(
     terms: Mapping[str, Any] | None = None,
     begin: Callable[[], None] = lambda: None,
     variables: Callable[[Nodes], dict[str, str]] = lambda _: {},
+    teacher_ranks: int = 0,
 ) -> int:
     """Run `command` = (module, arguments) on every rank under torchrun and return the status to exit with.
 
@@ -148,7 +150,8 @@ def launch_ranks(
 
     Of several nodes each calls this, with a `log_dir` that all share; one that ends or falls silent ends the others.
     Before ranks are started, `begin` is called, on node 0 alone, and all nodes must have the same `terms`: see
-    `megakd.launch.meeting`. `variables` are set for the ranks; it is called when the nodes have met.
+    `megakd.launch.meeting`. `variables` are set for the ranks; it is called when the nodes have met. Of the job's last
+    `teacher_ranks` ranks it is said that they are the teacher's, where one fails.
 
     Raises:
         UserError: other nodes do not come, or do not fit to this one.
@@ -168,7 +171,7 @@ def launch_ranks(
             print(f"stopped by {stop} before the ranks were started; the same command starts them", file=sys.stderr)
             number = signal.Signals[stop.name]
             return RESUME_STATUS if saves and number in _SAVING else 128 + number
-        job = _Job(log_dir, Path(scratch_dir), nproc_per_node, nodes, saves)
+        job = _Job(log_dir, Path(scratch_dir), nproc_per_node, nodes, saves, teacher_ranks)
         return _run(job, command, max_restarts, received, variables(nodes))
 
 
@@ -181,6 +184,12 @@ class _Job:
     nproc_per_node: int
     nodes: Nodes
     saves: bool
+    teacher_ranks: int
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of all nodes."""
+        return self.nproc_per_node * self.nodes.count
 
     @property
     def folders(self) -> list[Path]:
@@ -318,8 +327,7 @@ def _report_failure(job: _Job, status: int, own_reason: str | None, watch: NodeW
     hangs = load_hangs(job.log_dir)
     if hangs:
         print(f"stacks of the ranks: {job.log_dir}/rank-*.hang", file=sys.stderr)
-        world_size = job.nproc_per_node * job.nodes.count
-        print(f"error: {describe_hang(hangs, world_size)}; all ranks were ended", file=sys.stderr)
+        print(f"error: {describe_hang(hangs, job.world_size)}; all ranks were ended", file=sys.stderr)
         return 1
     failure = first_failure(load_rank_errors(job.folders), load_rank_exits(job.folders))
     if isinstance(failure, RankError) and failure.user_error:
@@ -338,6 +346,8 @@ def _report_failure(job: _Job, status: int, own_reason: str | None, watch: NodeW
         line = gone.line
     else:
         line = f"torchrun ended with status {status} before any rank failed"
+    if failure is not None and failure.rank >= job.world_size - job.teacher_ranks:
+        line = line.replace(f"rank {failure.rank}", f"rank {failure.rank} (the teacher's)", 1)
     print(f"torchrun's log: {job.log_dir / job.nodes.file(AGENT_LOG)}", file=sys.stderr)
     print(f"error: {line}", file=sys.stderr)
     return 1

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = (
     "import json, sys; from megakd.launch.launcher import launch_ranks; from megakd.launch.nodes import Nodes; "
     "sys.exit(launch_ranks([sys.argv[1], 'train', sys.argv[2]], int(sys.argv[3]), sys.argv[4], int(sys.argv[5]), "
-    "saves=True, nodes=Nodes(**json.loads(sys.argv[6]))))"
+    "saves=True, nodes=Nodes(**json.loads(sys.argv[6])), teacher_ranks=int(sys.argv[7])))"
 )
 TIMEOUT_SECONDS = 240.0
 
@@ -47,7 +47,7 @@ class Job:
         with self._log.open("ab") as log:
             self.process = subprocess.Popen(
                 [*prefix, sys.executable, "-c", LAUNCH, worker, str(config), str(ranks), str(self.folder / "logs"),
-                 str(max_restarts), json.dumps(asdict(nodes))],
+                 str(max_restarts), json.dumps(asdict(nodes)), str(values["teacher"].get("ranks", 0))],
                 cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=log, stderr=subprocess.STDOUT,
                 start_new_session=True,
             )  # fmt: skip

@@ -196,7 +196,9 @@ def test_a_killed_teacher_ends_the_job_soon_with_the_reason(
     killed = time.monotonic()
     assert jobs[0].end() == 1
     assert time.monotonic() - killed < 60
-    assert jobs[0].log.splitlines()[-1].startswith("error: rank 2 was killed by SIGKILL"), jobs[0].log[-3000:]
+    assert jobs[0].log.splitlines()[-1].startswith("error: rank 2 (the teacher's) was killed by SIGKILL"), jobs[0].log[
+        -3000:
+    ]
     assert "DP 1 of rank 2, its own, microbatches of 2, up to 2 steps ahead" in jobs[0].log
     run_ranks(RANKS, run_sides, values, teacher_ranks=1)
     assert_same_run_and_scores(tmp_path, whole)
