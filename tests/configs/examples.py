@@ -86,8 +86,13 @@ def scaled_down(values: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The same keys with small values, on random models and data: at most 4 ranks, two steps."""
     values["run"] |= {"output_dir": str(folder / "run"), "layer_spec": "local"}
     parallel, data = values["parallel"], values["data"]
-    for key in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
-        parallel[key] = min(parallel[key], 2)
+    own = values["teacher"].get("parallel", {})
+    for section in (parallel, own):
+        for key in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
+            if key in section:
+                section[key] = min(section[key], 2)
+    if "ranks" in values["teacher"]:
+        values["teacher"]["ranks"] = own["tensor_model_parallel_size"]
     # Of the small student's four layers on two stages.
     for key, layers in (("num_layers_in_first_pipeline_stage", 3), ("num_layers_in_last_pipeline_stage", 1)):
         if key in parallel:
@@ -117,10 +122,10 @@ def scaled_down(values: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def ranks_of(values: dict[str, Any]) -> int:
-    """Two replicas where they are at most 4 ranks, else one."""
-    parallel = values["parallel"]
+    """The student's: two replicas where all ranks are at most 4, else one."""
+    parallel, of_teacher = values["parallel"], values["teacher"].get("ranks", 0)
     replica: int = parallel["tensor_model_parallel_size"] * parallel["pipeline_model_parallel_size"]
-    return replica * (2 if replica <= 2 else 1)
+    return replica * (2 if 2 * replica + of_teacher <= 4 else 1)
 
 
 def _sources(values: dict[str, Any]) -> list[dict[str, Any]]:

@@ -27,6 +27,7 @@ from tests.configs.examples import (
     shape_folder,
     with_sparse_files,
 )
+from tests.training.runs import run_sides
 
 CACHED = [name for name in FILES if "cache" in read_values(name)]
 
@@ -111,7 +112,8 @@ def assert_trained(run_folder: Path) -> None:
 @pytest.mark.parametrize("name", [name for name in FILES if name not in CACHED])
 def test_trains_when_made_small(name: str, tmp_path: Path, run_ranks: Callable[..., list[Any]]) -> None:
     values = small(name, tmp_path)
-    run_ranks(ranks_of(values), run, values)
+    own = values["teacher"].get("ranks", 0)
+    run_ranks(ranks_of(values) + own, run_sides if own else run, values, teacher_ranks=own)
     assert_trained(tmp_path / "run")
 
 

@@ -120,6 +120,22 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "run" / "student" / "model.safetensors")
 
 
+def run_sides(values: dict[str, Any], action: str = "distill") -> Any:
+    """Train or evaluate, inside a pool whose ranks are in two worlds."""
+    from megakd.config.load import config_from_dict
+    from megakd.training import loop
+    from tests import workers
+
+    join, loop._join = loop._join, lambda config, platform: workers.joint()
+    try:
+        result = getattr(loop, action)(config_from_dict(values))
+    finally:
+        loop._join = join
+    if action == "evaluate_run":
+        return None if result is None else result.to_dict()
+    return None if result.interrupted is None else result.interrupted.reason
+
+
 def assert_same_run(found: Path, expected: Path, steps: int) -> None:
     """Both of `steps` steps logged the same and exported the same weights."""
     assert [record["step"] for record in records(found)] == list(range(1, steps + 1))

@@ -14,7 +14,16 @@ import pytest
 import torch
 
 from tests.training.jobs import Job
-from tests.training.runs import SEQUENCE, all_of_records, assert_same_run, layout, records, run_values, write_run_files
+from tests.training.runs import (
+    SEQUENCE,
+    all_of_records,
+    assert_same_run,
+    layout,
+    records,
+    run_sides,
+    run_values,
+    write_run_files,
+)
 from tests.workers import RankPools
 
 RANKS, STEPS = 3, 12
@@ -45,22 +54,6 @@ def values_of(files: Path, out: Path, *, own: dict[str, Any] = OWN, **settings: 
     values = run_values(files, **layout(2), **(fixed | settings))
     values["teacher"].update(own)
     return values
-
-
-def run_sides(values: dict[str, Any], action: str = "distill") -> Any:
-    """Train or evaluate, inside a pool whose ranks are in two worlds."""
-    from megakd.config.load import config_from_dict
-    from megakd.training import loop
-    from tests import workers
-
-    join, loop._join = loop._join, lambda config, platform: workers.joint()
-    try:
-        result = getattr(loop, action)(config_from_dict(values))
-    finally:
-        loop._join = join
-    if action == "evaluate_run":
-        return None if result is None else result.to_dict()
-    return None if result.interrupted is None else result.interrupted.reason
 
 
 def run_until_stopped(values: dict[str, Any], step: int, rank: int) -> Any:

@@ -21,9 +21,8 @@ from megakd.config.load import config_from_dict, dump_config
 from tests.training.interrupted import run_distill
 from tests.training.jobs import ROOT, TIMEOUT_SECONDS, Job
 from tests.training.networks import Network, two_machines
-from tests.training.runs import assert_same_run, layout, run_values, write_run_files
+from tests.training.runs import assert_same_run, layout, run_sides, run_values, write_run_files
 from tests.training.slurm import SCRIPT, fake_slurm
-from tests.training.test_dedicated_teacher import run_sides
 
 STEPS = 40
 SLOW = "tests.training.interruptible_worker"
