@@ -6,8 +6,19 @@ import math
 
 from megakd.common.errors import UserError
 from megakd.config.architecture_checks import check_architecture
+from megakd.config.data_checks import check_best, check_blend, check_evaluation_data, check_held_out_source
 from megakd.config.layouts import student_ranks, teacher_is_dedicated
 from megakd.config.logging_checks import check_profile, check_profiled_ranks
+from megakd.config.loss_checks import (
+    check_cache,
+    check_cached_teacher,
+    check_divergence,
+    check_loss_weights,
+    check_teacher,
+    check_temperature,
+    check_without_divergence,
+    require_forward_kl,
+)
 from megakd.config.schema import Config
 from megakd.config.teacher_checks import (
     check_dedicated_ranks,
@@ -67,7 +78,7 @@ def check_cache_config(config: Config, world_size: int) -> None:
         raise UserError(
             f"{found}; a cache is written from a teacher. Set teacher.path to its folder and teacher.source to online."
         )
-    _require_forward_kl(config, "a cache is to be written")
+    require_forward_kl(config, "a cache is to be written")
     check_student_source(config)
     check_temperature(config)
     check_loss_weights(config)
@@ -88,212 +99,6 @@ def check_student_source(config: Config) -> None:
         raise UserError(
             f"student {found}; it must have exactly one. Give student.init.path to start from a Hugging Face folder, "
             "or student.architecture to start from random weights."
-        )
-
-
-def check_temperature(config: Config) -> None:
-    """Logits are divided by the temperature."""
-    temperature, teacher_temperature = config.distill.temperature, config.distill.teacher_temperature
-    if temperature <= 0:
-        raise UserError(
-            f"distill.temperature is {temperature:g}; it must be > 0. Use 1.0 to leave the logits unscaled."
-        )
-    if teacher_temperature is not None and teacher_temperature <= 0:
-        raise UserError(
-            f"distill.teacher_temperature is {teacher_temperature:g}; it must be > 0. Leave it out to use "
-            "distill.temperature for both models."
-        )
-
-
-def check_divergence(config: Config) -> None:
-    """A divergence's parameter is given to its own divergence, and inside the range where it means something."""
-    distill = config.distill
-    owners = {"jsd_beta": ("jsd",), "skew_alpha": ("skew_forward_kl", "skew_reverse_kl")}
-    for key, losses in owners.items():
-        value = getattr(distill, key)
-        if value is None:
-            continue
-        if distill.loss not in losses:
-            raise UserError(
-                f"distill.{key} is {value:g} and has no effect on distill.loss {distill.loss}. Leave it out, or set "
-                f"distill.loss to {either(list(losses))}."
-            )
-        if not 0 < value < 1:
-            kl = distill.loss.replace("skew_", "")
-            ends = "forward_kl (what 0 tends to) or reverse_kl (1)" if key == "jsd_beta" else f"{kl} for 0"
-            raise UserError(
-                f"distill.{key} is {value:g}; it must be between 0 and 1, both excluded. Use distill.loss {ends}."
-            )
-
-
-def check_without_divergence(config: Config) -> None:
-    """Settings of the divergence need a weight on it."""
-    distill = config.distill
-    if distill.kd_weight > 0:
-        return
-    for key in ("jsd_beta", "skew_alpha", "teacher_temperature"):
-        value = getattr(distill, key)
-        if value is not None:
-            raise UserError(
-                f"distill.{key} is {value:g} and has no effect with distill.kd_weight 0. Leave it out, or set "
-                "distill.kd_weight above 0."
-            )
-    defaults = type(distill).model_fields
-    for key in ("loss", "temperature", "temperature_squared"):
-        value, default = getattr(distill, key), defaults[key].default
-        if value != default:
-            raise UserError(
-                f"distill.{key} is {str(value).lower()} and has no effect with distill.kd_weight 0. Leave it out "
-                f"(or {str(default).lower()}), or set distill.kd_weight above 0."
-            )
-
-
-def check_loss_weights(config: Config) -> None:
-    """Something must be trained on."""
-    if config.distill.kd_weight == 0 and config.distill.ce_weight == 0:
-        raise UserError(
-            "distill.kd_weight and distill.ce_weight are both 0; at least one must be > 0. Set distill.kd_weight to 1 "
-            "to learn from the teacher, or distill.ce_weight to 1 to learn from the data."
-        )
-
-
-def check_teacher(config: Config) -> None:
-    """A divergence needs a teacher."""
-    if config.distill.kd_weight > 0 and config.teacher is None:
-        raise UserError(
-            f"distill.kd_weight is {config.distill.kd_weight:g} and there is no teacher section. Set teacher.path, or "
-            "distill.kd_weight to 0 and distill.ce_weight above 0 to train without a teacher."
-        )
-
-
-def check_cached_teacher(config: Config) -> None:
-    """A cache serves the divergence that it can, and is no model."""
-    teacher, distill = config.teacher, config.distill
-    if teacher is None or teacher.source != "cache":
-        return
-    if teacher.dtype is not None:
-        raise UserError(
-            f"teacher.dtype is {teacher.dtype} and has no effect on a cache (teacher.source). Leave it out."
-        )
-    if distill.kd_weight == 0:
-        raise UserError(
-            "teacher.source is cache and has no effect with distill.kd_weight 0. Leave the teacher section out, or "
-            "set distill.kd_weight above 0."
-        )
-    _require_forward_kl(config, "teacher.source is cache")
-
-
-def _require_forward_kl(config: Config, found: str) -> None:
-    """Of a cache's teacher a few ids are known; `found` begins the message."""
-    if config.distill.loss != "forward_kl":
-        raise UserError(
-            f"{found} and distill.loss is {config.distill.loss}; only forward_kl can be had from some of the teacher's "
-            "ids, the others need its probability of every id. Set distill.loss to forward_kl, or use the teacher "
-            "itself (teacher.source online)."
-        )
-
-
-def check_cache(config: Config) -> None:
-    """Each mode has its own settings."""
-    cache = config.cache
-    for mode, keys in (("sampled", ("num_samples",)), ("topk", ("k", "log_probability_bits", "tail_samples"))):
-        for key in keys:
-            value = getattr(cache, key)
-            if value is not None and cache.mode != mode:
-                raise UserError(
-                    f"cache.{key} is {value} and has no effect on cache.mode {cache.mode}. Leave it out, or set "
-                    f"cache.mode to {mode}."
-                )
-
-
-def check_held_out_source(config: Config) -> None:
-    """Held-out data of each kind comes from one place, and some is left to train on."""
-    data = config.data
-    for kind in ("valid", "test"):
-        sources, fraction = getattr(data, kind), getattr(data, f"{kind}_fraction")
-        if sources is not None and fraction is not None:
-            raise UserError(
-                f"data.{kind} is {sources[0].path!r} and data.{kind}_fraction is {fraction:g}; at most one may be "
-                "given. Set the other to null."
-            )
-    held_out = (data.valid_fraction or 0) + (data.test_fraction or 0)
-    if held_out >= 1:
-        raise UserError(
-            f"data.valid_fraction is {data.valid_fraction:g} and data.test_fraction is {data.test_fraction:g}; "
-            f"together they must be below 1. Lower one."
-        )
-
-
-def check_blend(config: Config) -> None:
-    """Data sets of a blend are all given weights, or all epochs; held-out data is read once."""
-    train = config.data.train
-    weights = [source for source in train if source.weight is not None]
-    both = [source for source in weights if source.epochs is not None]
-    if both or 0 < len(weights) < len(train):
-        if both:
-            found = f"{both[0].path} has both weight and epochs"
-        else:
-            other = next(source for source in train if source.weight is None)
-            found = f"{weights[0].path} has a weight and {other.path} has none"
-        raise UserError(
-            f"data.train: {found}; either every data set has a weight, or none has and epochs say how often each is "
-            "read. Give all of them weights, or remove the weights."
-        )
-    if len(train) == 1 and weights:
-        raise UserError(
-            f"data.train: {train[0].path} has weight {weights[0].weight:g}, which has no effect on a single data set. "
-            "Leave it out."
-        )
-    for key, sources in (("data.valid", config.data.valid), ("data.test", config.data.test)):
-        for source in sources or ():
-            for name in ("weight", "epochs"):
-                if getattr(source, name) is not None:
-                    raise UserError(
-                        f"{key}: {source.path} has {name} {getattr(source, name):g}; held-out data is read once. "
-                        "Leave it out."
-                    )
-
-
-def check_evaluation_data(config: Config) -> None:
-    """Evaluations need held-out data."""
-    evaluation, split = config.evaluation, config.evaluation.split
-    if getattr(config.data, split) is not None or getattr(config.data, f"{split}_fraction") is not None:
-        return
-    wanted = {"interval": evaluation.interval, "at_start": evaluation.at_start, "at_end": evaluation.at_end}
-    for key, value in wanted.items():
-        if value:
-            text = str(value).lower()
-            raise UserError(
-                f"evaluation.{key} is {text} and no held-out data is named. Set data.{split} or data.{split}_fraction, "
-                f"or leave evaluation.{key} out."
-            )
-    if split != "valid":
-        raise UserError(
-            f"evaluation.split is {split} and no such data is named. Set data.{split} or data.{split}_fraction, or "
-            "leave evaluation.split out."
-        )
-
-
-def check_best(config: Config) -> None:
-    """The best checkpoint is one of several that are measured, by a figure that there is."""
-    evaluation, teacher = config.evaluation, config.teacher
-    if evaluation.patience is not None and evaluation.metric is None:
-        raise UserError(
-            f"evaluation.patience is {evaluation.patience} and evaluation.metric is null; patience counts evaluations "
-            "without a better metric. Set evaluation.metric to cross_entropy, for example."
-        )
-    if evaluation.metric is None:
-        return
-    if evaluation.interval is None:
-        raise UserError(
-            f"evaluation.metric is {evaluation.metric} and evaluation.interval is null; the best checkpoint is one of "
-            "those measured during training. Set evaluation.interval, or leave evaluation.metric out."
-        )
-    if evaluation.metric in ("kl_to_teacher", "agreement") and (teacher is None or teacher.source != "online"):
-        found = "there is no teacher section" if teacher is None else f"teacher.source is {teacher.source}"
-        raise UserError(
-            f"evaluation.metric is {evaluation.metric} and {found}; it is measured against the teacher itself. Use "
-            "cross_entropy or perplexity, or set teacher.source to online."
         )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from megakd.common.errors import UserError
-from megakd.config import architecture_checks, checks, teacher_checks
+from megakd.config import architecture_checks, checks, data_checks, loss_checks, teacher_checks
 from megakd.config.architecture import GPTArchitecture
 from megakd.config.schema import ParallelSection
 from tests.config.examples import ARCHITECTURE, config
@@ -283,7 +283,8 @@ def test_every_rule_is_tested_both_ways() -> None:
     rules = {
         name.removeprefix("check_")
         for name, rule in vars(checks).items()
-        if name.startswith("check_") and rule.__module__ in (checks.__name__, teacher_checks.__name__)
+        if name.startswith("check_")
+        and rule.__module__ in {module.__name__ for module in (checks, data_checks, loss_checks, teacher_checks)}
     }
     assert {rule for rule, *_ in REFUSED} == {rule for rule, *_ in ACCEPTED} == rules - {"config", "cache_config"}
 
