@@ -15,15 +15,10 @@ TOGETHER: dict[str, object] = {
 }  # fmt: skip
 
 
-def teacher_savers(plan: Plan) -> Iterator[dict[str, object]]:
-    """Settings that save memory on the teacher's ranks, the cheapest in time first; none where it shares ranks."""
+def dedicated_savers(plan: Plan) -> Iterator[list[dict[str, object]]]:
+    """Settings that save memory on the teacher's own ranks, the cheapest in time first; windows aside."""
     job = plan.job
-    if job.teacher is None or not job.is_dedicated:
-        return
-    window = job.window_microbatches
-    while job.is_dense and window % 2 == 0:
-        window //= 2
-        yield {"teacher.signal_window": window}
+    assert job.teacher is not None
     own, section = job.teacher.layout, "teacher.parallel"
     factor = 2
     while factor * own.pp * own.tp < job.world_size:
@@ -33,11 +28,11 @@ def teacher_savers(plan: Plan) -> Iterator[dict[str, object]]:
             more["teacher.ranks"] = own.tp * own.pp * factor
         if own.tp * factor <= plan.cluster.ranks_per_node:
             size = {f"{section}.tensor_model_parallel_size": own.tp * factor, f"{section}.sequence_parallel": True}
-            yield {**size, **more}
-        yield {f"{section}.pipeline_model_parallel_size": own.pp * factor, **more}
+            yield [{**size, **more}]
+        yield [{f"{section}.pipeline_model_parallel_size": own.pp * factor, **more}]
         factor *= 2
     if job.is_dense and prefetch_steps(job.config) > 0:
-        yield {"teacher.prefetch_steps": 0}
+        yield [{"teacher.prefetch_steps": 0}]
 
 
 def other_shares(plan: Plan) -> Iterator[dict[str, object]]:

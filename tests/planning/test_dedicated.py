@@ -302,10 +302,13 @@ def test_a_teacher_that_does_not_fit_is_told_how_it_would(teacher_path):
 
 
 def test_sides_that_both_do_not_fit_are_mended_one_after_the_other(teacher_path):
-    job = dedicated_job(teacher_path, 4, 2, data__micro_batch_size=1)
-    least = max(stage.peak for stage in teacher_memory(job))
-    lines = advise(build_plan(job, CLUSTER.model_copy(update={"memory_gib": 0.9 * least / 2**30})))
+    shape = {"num_layers": 2, "hidden_size": 192, "ffn_hidden_size": 192, "vocab_size": 128}
+    job = dedicated_job(teacher_path, 4, 2, data__micro_batch_size=1, shape=shape)
+    plan = build_plan(job, CLUSTER)
+    least = 0.97 * min(max(stage.peak for stage in side) for side in (plan.memory, plan.teacher_memory))
+    lines = advise(build_plan(job, CLUSTER.model_copy(update={"memory_gib": least / 2**30})))
     settings = "\n".join(lines)
+    assert lines[0].startswith("it fits with all of these")
     assert "teacher.signal_window" in settings and "optimizer.use_distributed_optimizer" in settings
 
 
