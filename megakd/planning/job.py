@@ -57,7 +57,8 @@ class Job:
 
     Attributes:
         teacher: the model that runs beside the student, None where there is none or a cache of it.
-        signal_bytes: of a token, for the teacher's side of the loss, where it comes from a cache.
+        signal_ids: of a token, for the teacher's side of the loss, where it comes from a cache.
+        signal_bytes: of a token, those ids with their probabilities, and an entropy where there is one.
         head_vocab: rows of both heads over all tensor ranks, the student's padding.
         chunk: rows of both models' logits that exist at a time.
     """
@@ -67,6 +68,7 @@ class Job:
     device_type: str
     student: Model
     teacher: Model | None
+    signal_ids: int
     signal_bytes: int
     head_vocab: int
     chunk: int
@@ -81,6 +83,11 @@ class Job:
         """Whether the teacher's layers leave the device while the student runs; on CPU main memory has both."""
         teacher = self.config.teacher
         return teacher is not None and teacher.offload == "cpu" and self.device_type == "cuda"
+
+    @property
+    def batches_held(self) -> int:
+        """Steps whose batches are on the device: this one, and on CPU the next one, which the data's thread reads."""
+        return 2 if self.device_type == "cpu" else 1
 
     @property
     def is_dedicated(self) -> bool:
@@ -223,13 +230,15 @@ def build_job(config: Config, world_size: int, device_type: str) -> Job:
         chunk_mib=config.distill.loss_chunk_mib,
         models=2 if dense else 1,
     )
+    signal_ids, has_entropy = _cached_ids(config)
     return Job(
         config=config,
         world_size=world_size,
         device_type=device_type,
         student=student,
         teacher=teacher,
-        signal_bytes=_cached_bytes(config),
+        signal_ids=signal_ids,
+        signal_bytes=signal_ids * (8 + 4) + (4 if has_entropy else 0),
         head_vocab=student.padded_vocab,
         chunk=chunk,
     )
@@ -259,6 +268,7 @@ def build_cache_job(config: Config, world_size: int, device_type: str) -> Job:
         device_type=device_type,
         student=teacher,
         teacher=teacher,
+        signal_ids=0,
         signal_bytes=0,
         head_vocab=head_vocab,
         chunk=chunk,
@@ -300,18 +310,20 @@ def _layout(parallel: ParallelSection, architecture: GPTArchitecture, ranks: ran
     return ModelLayout(tp, pp, len(ranks) // (tp * pp), is_cut, layers, ranks.start)
 
 
-def _cached_bytes(config: Config) -> int:
-    """Bytes of a token's ids and log-probabilities as the loss takes them out of a cache: that one, or one to come."""
+def _cached_ids(config: Config) -> tuple[int, bool]:
+    """Ids that the loss takes out of a cache for a token, and whether an entropy comes with them: of that cache, or of
+    the one to come.
+    """
     if config.teacher is None or config.teacher.source != "cache":
-        return 0
+        return 0, False
     path, cache = Path(config.teacher.path), config.cache
     if path.exists():
-        ids = ids_per_token(read_manifest(path).codec.settings())
-    elif cache.mode == "sampled":
-        ids = cache.num_samples or DRAWS
-    else:
-        ids = (cache.k or LARGEST) + (TAIL_SAMPLES if cache.tail_samples is None else cache.tail_samples)
-    return ids * (8 + 4) + 8
+        settings = read_manifest(path).codec.settings()
+        return ids_per_token(settings), settings["mode"] == "sampled" or settings["tail_samples"] > 0
+    if cache.mode == "sampled":
+        return cache.num_samples or DRAWS, True
+    tail_samples = TAIL_SAMPLES if cache.tail_samples is None else cache.tail_samples
+    return (cache.k or LARGEST) + tail_samples, tail_samples > 0
 
 
 def ids_per_token(codec_settings: dict[str, Any]) -> int:

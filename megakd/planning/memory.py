@@ -110,7 +110,8 @@ def _resident(job: Job, stage: int, parameters: StageParameters, teacher: StageP
         # Parked weights are on the device while the teacher runs; its head stays.
         count = _teacher_head(job, stage) if job.parks_teacher else _teacher_count(job, stage, teacher)
         resident["teacher"] = count * job.teacher.element_size
-    resident["batches"] = 2 * job.num_microbatches * job.micro_tokens(job.student) * (BATCH_BYTES + job.signal_bytes)
+    token = BATCH_BYTES + (job.signal_bytes if _is_last(job, stage) else 0)
+    resident["batches"] = job.batches_held * job.num_microbatches * job.micro_tokens(job.student) * token
     here = (student, None if job.is_dedicated else job.teacher)
     gathered = [m for m in here if m is not None and m.layout.sequence_parallel]
     if gathered:
@@ -183,7 +184,9 @@ def _loss_bytes(job: Job) -> float:
     models = [student] + ([job.teacher] if job.is_dense and job.teacher is not None else [])
     logits = len(models) * job.chunk * width * 4
     scratch = 0.0
-    if job.device_type == "cpu":
+    if job.signal_ids:
+        scratch = _sparse_bytes(job, width)
+    elif job.device_type == "cpu":
         scratch = min(BLOCK_BYTES["cpu"], job.chunk * width * 4)
     gathered = sum(
         n * m.architecture.hidden_size * m.element_size
@@ -196,6 +199,15 @@ def _loss_bytes(job: Job) -> float:
     if e != 4:
         narrow = job.chunk * width * e  # the product's result, or the logits' gradient, in the models' type
     return logits + scratch + gathered + gradient + narrow
+
+
+def _sparse_bytes(job: Job, width: float) -> float:
+    """What the loss against a cache works with beside the logits, which it overwrites unless it needs them again."""
+    # Of an id: its copy and its probability's in the target, then where it is in the logits, and seven figures.
+    ids = job.signal_ids * (job.micro_tokens(job.student) * (8 + 4) + job.chunk * (8 + 1 + 7 * 4))
+    if job.config.distill.temperature == 1.0:
+        return ids
+    return ids + 2 * min(BLOCK_BYTES[job.device_type] / 3, job.chunk * width * 4)
 
 
 def _optimizer_moment(job: Job, stage: int, parameters: StageParameters) -> dict[str, float]:

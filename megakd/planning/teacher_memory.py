@@ -19,7 +19,7 @@ def teacher_memory(job: Job) -> list[StageMemory]:
         resident = {"teacher": float(parameters.count * teacher.element_size)}
         if job.is_dense:
             microbatches = job.num_windows * job.teacher_microbatches
-            resident["batches"] = 2 * microbatches * job.micro_tokens(teacher) * BATCH_BYTES
+            resident["batches"] = job.batches_held * microbatches * job.micro_tokens(teacher) * BATCH_BYTES
         if teacher.layout.sequence_parallel:
             resident["gathered sequences"] = (
                 job.micro_tokens(teacher) * teacher.architecture.hidden_size * teacher.element_size

@@ -122,5 +122,5 @@ def test_a_cache_that_is_there_says_how_much_of_a_token_it_has(files, tmp_path):
         return build_job(config, 1, "cuda").signal_bytes
 
     caches.write(tmp_path / "cache", [0, 1, 2])
-    assert signal_bytes(tmp_path / "cache") == caches.DRAWS * 12 + 8
-    assert signal_bytes(tmp_path / "to come") == 20 * 12 + 8
+    assert signal_bytes(tmp_path / "cache") == caches.DRAWS * 12 + 4
+    assert signal_bytes(tmp_path / "to come") == 20 * 12 + 4

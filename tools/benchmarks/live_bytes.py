@@ -6,6 +6,7 @@ The profiler's memory events leave out what gloo's threads free, so that a rank'
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """Inside, counts the storages of operators' results from their making to their end.
+    """Inside, counts the storages of operators' results from their making to their end, on the thread that is inside.
 
     Attributes:
         live: bytes alive now, of tensors made inside; peak: the most since `reset_peak`.
@@ -28,6 +29,12 @@ class LiveBytes(TorchDispatchMode):
     def reset_peak(self) -> None:
         """Begin to look for the most anew."""
         self.peak = self.live
+
+    def hold(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Count tensors that were made outside, as by another thread, until their end."""
+        for tensor in tensors:
+            self._hold(tensor.untyped_storage())
+        self.peak = max(self.peak, self.live)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operator and count what it made."""
