@@ -129,6 +129,11 @@ def usable_bytes(cluster: Cluster) -> float:
     return (cluster.memory_gib - cluster.reserved_gib) * GIB
 
 
+def peak_bytes(job: Job) -> float:
+    """Bytes of a job's rank that needs most."""
+    return max(stage.peak for stage in (*stage_memory(job), *teacher_memory(job)))
+
+
 def teacher_layers(job: Job, stage: int) -> int:
     """The most layers of the teacher that a rank of one of the student's stages holds."""
     if job.teacher is None:

@@ -16,15 +16,17 @@ _NAMED = 3
 
 def describe_sweep(candidates: list[Candidate], refused: dict[str, str], top: int) -> Iterator[str]:
     """A sweep's lines: the `top` fastest layouts, what to set for the first, and what was refused."""
+    shown = candidates[:top]
+    optional = {"teacher's layout": _teacher_layout, "window": _window, "offload": _offload}
+    columns = [name for name, text in optional.items() if any(map(text, shown))]
     rows = []
-    for candidate in candidates[:top]:
+    for candidate in shown:
         plan, layout = candidate.plan, candidate.plan.job.student.layout
-        teacher = plan.job.teacher if plan.job.is_dedicated else None
         rows.append(
             [
                 layout_text(layout),
                 _short(layout.stage_layers),
-                *([layout_text(teacher.layout)] if teacher is not None else []),
+                *(optional[name](candidate) or "-" for name in columns),
                 candidate.recompute,
                 size_text(plan.peak),
                 "yes" if plan.fits else "no",
@@ -34,9 +36,8 @@ def describe_sweep(candidates: list[Candidate], refused: dict[str, str], top: in
             ]
         )
     if candidates:
-        of_teacher = ["teacher's layout"] if candidates[0].plan.job.is_dedicated else []
-        columns = ["recompute", "peak", "fits", "step, s", "MFU", "tokens/s/rank"]
-        yield from text_table(["layout", "student's layers", *of_teacher, *columns], rows)
+        columns += ["recompute", "peak", "fits", "step, s", "MFU", "tokens/s/rank"]
+        yield from text_table(["layout", "student's layers", *columns], rows)
     else:
         yield "no layout is possible on these ranks"
     if len(candidates) > top:
@@ -51,6 +52,21 @@ def describe_sweep(candidates: list[Candidate], refused: dict[str, str], top: in
         yield ""
         yield "not possible:"
         yield from _by_reason(refused)
+
+
+def _teacher_layout(candidate: Candidate) -> str:
+    """Where it is the teacher's own."""
+    job = candidate.plan.job
+    return layout_text(job.teacher.layout) if job.teacher is not None and job.crosses else ""
+
+
+def _window(candidate: Candidate) -> str:
+    job = candidate.plan.job
+    return str(job.window_microbatches) if job.num_windows > 1 else ""
+
+
+def _offload(candidate: Candidate) -> str:
+    return "cpu" if candidate.plan.job.parks_teacher else ""
 
 
 def _short(layers: tuple[int, ...]) -> str:

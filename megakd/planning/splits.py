@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from megakd.planning.clusters import Cluster
 from megakd.planning.job import Job
 from megakd.planning.layout import split_layers
-from megakd.planning.plan import Plan, build_plan
+from megakd.planning.plan import Plan, build_plan, peak_bytes, usable_bytes
 from megakd.planning.timing import stage_timings
 
-# Simulated in full; the others are ruled out by their slowest stage.
+# Simulated in full; the others are ruled out by their slowest stage, unless those do not fit.
 _SIMULATED = 6
 
 
@@ -49,13 +49,30 @@ def possible_splits(num_layers: int, stages: int) -> Iterator[Split]:
 
 
 def best_split(job: Job, cluster: Cluster) -> tuple[Split, Plan] | None:
-    """The split with the shortest step, of those that fit where any does; None where the layers cannot be spread."""
-    plans = []
-    for split in possible_splits(job.student.architecture.num_layers, job.student.layout.pp):
-        plans.append((split, _slowest(_with_split(job, split), cluster)))
-    plans.sort(key=lambda pair: pair[1])
-    found = [(split, build_plan(_with_split(job, split), cluster)) for split, _ in plans[:_SIMULATED]]
-    return min(found, key=lambda pair: (not pair[1].fits, pair[1].timing.seconds), default=None)
+    """The split with the shortest step, of those that fit where any does, else the one that needs least; None where the
+    layers cannot be spread.
+    """
+    splits = [(split, _with_split(job, split)) for split in _splits(job)]
+    splits.sort(key=lambda pair: _slowest(pair[1], cluster))
+    plans = [(split, build_plan(split_job, cluster)) for split, split_job in splits[:_SIMULATED]]
+    if splits and not any(plan.fits for _, plan in plans):
+        fitting = [pair for pair in splits[_SIMULATED:] if peak_bytes(pair[1]) <= usable_bytes(cluster)]
+        least = min(splits, key=lambda pair: peak_bytes(pair[1]))
+        plans += [(split, build_plan(split_job, cluster)) for split, split_job in [*fitting[:_SIMULATED], least]]
+    return min(plans, key=lambda pair: _rank(pair[1]), default=None)
+
+
+def some_split_fits(job: Job, cluster: Cluster) -> bool:
+    """Whether there is a split whose ranks' tensors fit their memory."""
+    return any(peak_bytes(_with_split(job, split)) <= usable_bytes(cluster) for split in _splits(job))
+
+
+def _splits(job: Job) -> Iterator[Split]:
+    return possible_splits(job.student.architecture.num_layers, job.student.layout.pp)
+
+
+def _rank(plan: Plan) -> tuple[bool, float]:
+    return not plan.fits, plan.timing.seconds if plan.fits else plan.peak
 
 
 def _with_split(job: Job, split: Split) -> Job:

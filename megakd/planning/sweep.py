@@ -12,20 +12,22 @@ from megakd.config.teacher_checks import check_dedicated_ranks, check_teacher_pl
 from megakd.planning.clusters import Cluster
 from megakd.planning.job import build_job, with_settings
 from megakd.planning.plan import Plan, usable_bytes
-from megakd.planning.splits import Split, best_split, possible_splits
+from megakd.planning.splits import Split, possible_splits
 from megakd.planning.teacher_memory import teacher_memory
 from megakd.planning.timing import teacher_side_seconds
+from megakd.planning.variants import best_variant, could_fit
 from megakd.training.architectures import student_architecture
 
-_RECOMPUTE = ("none", "selective", "full")
+# Layouts of the teacher alone that are planned in full for one of the student's, the fastest.
+_OWN_LAYOUTS = 3
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A layout with the least recomputation that lets it fit, and its best split.
+    """A layout with the variant of it that is fastest of those that fit.
 
     Attributes:
-        teacher_settings: those of a teacher on ranks of its own.
+        teacher_settings: its layout where that is its own, its window and its place.
     """
 
     plan: Plan
@@ -49,7 +51,8 @@ class Candidate:
 def sweep(config: Config, world_size: int, cluster: Cluster) -> tuple[list[Candidate], dict[str, str]]:
     """Candidates, those that fit before those that do not, by their step's time; and why the others are none.
 
-    Teacher and student share the layout but for what teacher.parallel sets. On ranks of its own, whose number is the
+    Teacher and student share the layout but for what teacher.parallel sets; where they do not fit together, layouts of
+    the teacher alone are tried. On ranks of its own, whose number is the
     configuration's, the teacher has its best layout for each of the student's. Tensor ranks stay within a node. The
     batch sizes are the configuration's.
 
@@ -91,18 +94,35 @@ def _candidate(config: Config, world_size: int, cluster: Cluster, tp: int, pp: i
             **some.settings(),
         },
     )
-    of_teacher = _best_teacher(config, world_size, cluster) if teacher_is_dedicated(config) else {}
-    config = with_settings(config, of_teacher)
-    found = None
-    for recompute in _RECOMPUTE:
-        changed = with_settings(config, {"student.recompute_granularity": recompute})
-        best = best_split(build_job(changed, world_size, cluster.device_type), cluster)
-        assert best is not None
-        found = Candidate(best[1], best[0], recompute, of_teacher)
-        if found.plan.fits:
-            break
-    assert found is not None
-    return found
+    if teacher_is_dedicated(config):
+        of_teacher = _best_teacher(config, world_size, cluster)
+        return _best_candidate(with_settings(config, of_teacher), world_size, cluster, of_teacher)
+    common = _best_candidate(config, world_size, cluster, {})
+    if common.plan.fits or common.plan.job.teacher is None:
+        return common
+    own = _layouts_of_its_own(config, world_size, cluster)
+    return min(
+        [common, *(_best_candidate(with_settings(config, of), world_size, cluster, of) for of in own)], key=_rank
+    )
+
+
+def _layouts_of_its_own(config: Config, world_size: int, cluster: Cluster) -> list[dict[str, object]]:
+    """Settings of the fastest layouts of a teacher on the student's ranks with which a run could fit."""
+    found = []
+    for settings in _teacher_settings(config, world_size, cluster):
+        changed = with_settings(config, settings)
+        try:
+            if could_fit(changed, world_size, cluster):
+                seconds = teacher_side_seconds(build_job(changed, world_size, cluster.device_type), cluster)
+                found.append((seconds, settings))
+        except UserError:
+            continue
+    return [settings for _, settings in sorted(found, key=lambda pair: pair[0])[:_OWN_LAYOUTS]]
+
+
+def _best_candidate(config: Config, world_size: int, cluster: Cluster, of_teacher: dict[str, object]) -> Candidate:
+    best = best_variant(config, world_size, cluster)
+    return Candidate(best.plan, best.split, best.recompute, of_teacher | best.teacher_settings)
 
 
 def _best_teacher(config: Config, world_size: int, cluster: Cluster) -> dict[str, object]:

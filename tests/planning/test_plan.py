@@ -7,14 +7,18 @@ from dataclasses import replace
 import pytest
 
 from megakd.common.errors import UserError
+from megakd.config.load import load_config
 from megakd.planning.advice import advise
 from megakd.planning.clusters import CLUSTERS, load_cluster
-from megakd.planning.job import build_job, with_settings
+from megakd.planning.job import build_job, find_models, with_settings
 from megakd.planning.plan import build_plan
 from megakd.planning.splits import best_split, possible_splits
 from megakd.planning.sweep import sweep
 from megakd.planning.wording import GIB
+from tests.configs.examples import ROOT
 from tests.planning.jobs import CLUSTER, build_test_job
+
+CONFIGS = ROOT / "configs"
 
 LARGE = {
     "num_layers": 32, "hidden_size": 4096, "ffn_hidden_size": 14336, "num_attention_heads": 32, "num_query_groups": 8,
@@ -103,6 +107,38 @@ def test_a_sweep_ranks_what_fits_by_time_and_says_why_not():
     small = build_test_job(8)
     _, refused = sweep(small.config, 16, CLUSTER)
     assert "data.global_batch_size" in refused["TP 1 x PP 1"]
+
+
+def test_a_sweep_goes_in_windows_and_parks_before_it_says_no():
+    config, _ = find_models(load_config(CONFIGS / "llama31_70b_to_8b.yaml"), CONFIGS / "models")
+    cluster = CLUSTERS["rtx4090"]
+    candidates, _ = sweep(config, 16, cluster)
+    fitting = [c for c in candidates if c.plan.fits]
+    for candidate in fitting:
+        again = build_plan(build_job(with_settings(config, candidate.settings()), 16, "cuda"), cluster)
+        assert again.to_dict() == candidate.plan.to_dict()
+    whole = {"teacher.signal_window": 128, "student.recompute_granularity": "full"}
+    known = build_plan(build_job(with_settings(config, whole), 16, "cuda"), cluster)
+    assert known.fits and fitting[0].plan.timing.seconds <= known.timing.seconds
+    assert (4, 4) in {(c.plan.job.student.layout.tp, c.plan.job.student.layout.pp) for c in fitting}
+    assert any(c.teacher_settings.get("teacher.parallel.tensor_model_parallel_size") for c in fitting)
+
+
+def test_a_slower_split_that_fits_is_found():
+    job = build_test_job(
+        4, shape={"num_layers": 64, "vocab_size": 128 * 100}, parallel__pipeline_model_parallel_size=4,
+        data__global_batch_size=64,
+    )  # fmt: skip
+    peaks = [build_plan(split_job, CLUSTER).peak for split_job in all_splits(job)]
+    tight = CLUSTER.model_copy(update={"memory_gib": 1.0001 * min(peaks) / 2**30})
+    found = best_split(job, tight)
+    assert found is not None and found[1].fits and not build_plan(job, tight).fits
+    none = best_split(job, CLUSTER.model_copy(update={"memory_gib": 0.9 * min(peaks) / 2**30}))
+    assert none is not None and none[1].peak == min(peaks)
+
+
+def all_splits(job):
+    return [with_changes(job, split.settings()) for split in possible_splits(64, 4)]
 
 
 def test_more_of_everything_is_faster():
