@@ -32,6 +32,8 @@ _OPTIMIZER_BYTES = 28.0
 _HOST_GB_PER_S = 25.0
 # What a layer keeps is written once; elementwise kernels read and write it about so often, forward.
 _ELEMENTWISE = 2.0
+# Of sums of as many terms as a step has.
+_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
@@ -126,13 +128,18 @@ def step_timing(job: Job, cluster: Cluster) -> StepTiming:
         teacher=teacher,
         crossing=job.num_windows * crossing_transfer(job, cluster).seconds,
         student=student,
-        bubble=max(0.0, student - busiest),
+        bubble=without_rounding(student - busiest, student),
         exposed=exposed,
         optimizer=optimizer,
         ideal=needed / peak,
         transfers=_step_transfers(job, cluster),
         is_ahead=job.windows_ahead > 0,
     )
+
+
+def without_rounding(seconds: float, whole: float) -> float:
+    """A difference of sums that are about as long as `whole`, 0 where it is no more than their rounding."""
+    return seconds if abs(seconds) > _ROUNDING * whole else 0.0
 
 
 def stage_timings(job: Job, cluster: Cluster) -> list[StageTiming]:

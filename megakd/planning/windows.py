@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from megakd.planning.clusters import Cluster
 from megakd.planning.job import Job, with_settings
-from megakd.planning.timing import StepTiming, step_timing
+from megakd.planning.timing import StepTiming, step_timing, without_rounding
 
 
 @dataclass(frozen=True)
@@ -28,4 +28,8 @@ def window_cost(job: Job, cluster: Cluster, timing: StepTiming) -> WindowCost:
     if job.num_windows == 1:
         return WindowCost(0.0, 0.0, 0.0)
     whole = step_timing(replace(job, config=with_settings(job.config, {"teacher.signal_window": None})), cluster)
-    return WindowCost(timing.seconds - whole.seconds, timing.student - whole.student, timing.teacher - whole.teacher)
+    step, student, teacher = (
+        without_rounding(getattr(timing, part) - getattr(whole, part), timing.seconds)
+        for part in ("seconds", "student", "teacher")
+    )
+    return WindowCost(step, student, teacher)

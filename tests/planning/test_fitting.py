@@ -91,3 +91,11 @@ def test_no_list_follows_where_no_setting_helps():
         "no setting that was tried makes it smaller; more ranks, or a teacher from a cache (`./launch.sh cache`), are "
         "needed"
     ]
+
+
+def test_rounding_is_no_time():
+    windows = ("teacher.offload=cpu", "student.recompute_granularity=full", "teacher.signal_window=16")
+    plan = plan_of(SMALL, "rtx4090", 1, *windows)
+    assert plan.window_cost.student == 0.0 and plan.window_cost.teacher > 1.0
+    cached = ("teacher.source=cache", "teacher.path=x", "parallel.tensor_model_parallel_size=1")
+    assert plan_of("llama31_70b_cached_to_1b.yaml", "h100", 8, *cached).timing.bubble == 0.0
