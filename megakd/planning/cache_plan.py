@@ -13,7 +13,7 @@ from megakd.planning.clusters import Cluster
 from megakd.planning.flops import teacher_flops
 from megakd.planning.job import Job, Model, ids_per_token
 from megakd.planning.memory import BATCH_BYTES, StageMemory
-from megakd.planning.plan import usable_bytes
+from megakd.planning.plan import ClusterPlan
 from megakd.planning.stages import stage_parameters
 from megakd.planning.timing import memory_seconds, product_seconds, teacher_stage_seconds
 from megakd.planning.traffic import (
@@ -35,7 +35,7 @@ _SEARCHED_COLUMNS = 1 << 20
 
 
 @dataclass(frozen=True)
-class CachePlan:
+class CachePlan(ClusterPlan):
     """Memory of each stage's ranks, and the time of a window of microbatches.
 
     Attributes:
@@ -44,8 +44,6 @@ class CachePlan:
         transfers: by purpose, what the rank that sends most for it sends in a window.
     """
 
-    job: Job
-    cluster: Cluster
     memory: list[StageMemory]
     stage_flops: list[float]
     head_flops: float
@@ -60,24 +58,9 @@ class CachePlan:
         return self.job.teacher
 
     @property
-    def num_nodes(self) -> int:
-        """Nodes of the cluster that the ranks fill."""
-        return -(-self.job.world_size // self.cluster.ranks_per_node)
-
-    @property
-    def capacity(self) -> float:
-        """Bytes of a rank's memory that tensors may take."""
-        return usable_bytes(self.cluster)
-
-    @property
     def peak(self) -> float:
         """Bytes of the rank that needs most."""
         return max(stage.peak for stage in self.memory)
-
-    @property
-    def fits(self) -> bool:
-        """Whether every rank's tensors fit its memory."""
-        return self.peak <= self.capacity
 
     @property
     def window_seconds(self) -> float:

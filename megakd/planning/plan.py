@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,21 +17,11 @@ from megakd.planning.wording import GIB
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Memory of each pipeline stage's ranks, and a step's operations, traffic and time.
-
-    Attributes:
-        memory: of the student's stages, with what they hold of a teacher on the same ranks.
-        teacher_memory, teacher_flops: of the stages of a teacher on ranks of its own.
-    """
+class ClusterPlan(ABC):
+    """A job's ranks on a cluster's nodes."""
 
     job: Job
     cluster: Cluster
-    memory: list[StageMemory]
-    teacher_memory: list[StageMemory]
-    flops: list[StageFlops]
-    teacher_flops: list[StageFlops]
-    timing: StepTiming
 
     @property
     def num_nodes(self) -> int:
@@ -43,14 +34,35 @@ class Plan:
         return usable_bytes(self.cluster)
 
     @property
+    @abstractmethod
     def peak(self) -> float:
         """Bytes of the rank that needs most."""
-        return max(stage.peak for stage in (*self.memory, *self.teacher_memory))
 
     @property
     def fits(self) -> bool:
         """Whether every rank's tensors fit its memory."""
         return self.peak <= self.capacity
+
+
+@dataclass(frozen=True)
+class Plan(ClusterPlan):
+    """Memory of each pipeline stage's ranks, and a step's operations, traffic and time.
+
+    Attributes:
+        memory: of the student's stages, with what they hold of a teacher on the same ranks.
+        teacher_memory, teacher_flops: of the stages of a teacher on ranks of its own.
+    """
+
+    memory: list[StageMemory]
+    teacher_memory: list[StageMemory]
+    flops: list[StageFlops]
+    teacher_flops: list[StageFlops]
+    timing: StepTiming
+
+    @property
+    def peak(self) -> float:
+        """Bytes of the rank that needs most."""
+        return max(stage.peak for stage in (*self.memory, *self.teacher_memory))
 
     @property
     def window_cost(self) -> WindowCost:
