@@ -88,7 +88,13 @@ def check_cache_config(config: Config, world_size: int) -> None:
     check_run_length(config)
     check_context_parallel(config)
     check_sequence_parallel(config)
-    check_world_size(config, world_size)
+    ranks = ranks_per_replica(config.parallel)
+    if world_size % ranks:
+        raise UserError(
+            f"there are {world_size} ranks to write a cache; there must be a multiple of the teacher's "
+            f"{replica(config.parallel)} = {ranks} (teacher.parallel, and parallel where that gives no size). Start "
+            f"{neighbours(world_size, ranks)} ranks, or change that."
+        )
 
 
 def check_student_source(config: Config) -> None:

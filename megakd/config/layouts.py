@@ -27,6 +27,12 @@ def teacher_parallel(config: Config) -> ParallelSection:
     )
 
 
+def teacher_section(config: Config) -> str:
+    """The section whose keys decide on the teacher's layout."""
+    assert config.teacher is not None
+    return "teacher.parallel" if config.teacher.parallel.model_dump(exclude_none=True) else "parallel"
+
+
 def teacher_layout_text(config: Config, world_size: int) -> str:
     """The teacher's layout over its ranks, in one phrase."""
     parallel = teacher_parallel(config)

@@ -57,10 +57,14 @@ def check_dedicated_ranks(config: Config, world_size: int) -> None:
     of_teacher = teacher_ranks(config, world_size)
     replica_ranks = ranks_per_replica(config.parallel)
     if of_teacher >= world_size:
+        usable = -(-of_teacher // ranks_per_replica(teacher_parallel(config))) * ranks_per_replica(
+            teacher_parallel(config)
+        )
+        also = "" if usable == of_teacher else f" with teacher.ranks {usable}"
         raise UserError(
             f"teacher.ranks is {of_teacher} and the run has {world_size} ranks, which leaves {world_size} - "
             f"{of_teacher} = {world_size - of_teacher} to the student; it needs a multiple of "
-            f"{replica(config.parallel)} = {replica_ranks}. Start {of_teacher + replica_ranks} ranks "
+            f"{replica(config.parallel)} = {replica_ranks}. Start {usable + replica_ranks} ranks{also} "
             "(--nproc-per-node), or lower teacher.ranks."
         )
 
@@ -112,7 +116,12 @@ def check_teacher_ranks(config: Config, world_size: int) -> None:
     if available % ranks:
         if teacher_is_dedicated(config):
             left = ranks_per_replica(config.parallel)
-            shares = [share for share in range(ranks, world_size, ranks) if (world_size - share) % left == 0]
+            shares = [
+                share
+                for share in range(ranks, world_size, ranks)
+                if (world_size - share) % left == 0
+                and config.data.global_batch_size * left % (config.data.micro_batch_size * (world_size - share)) == 0
+            ]
             nearest = sorted(sorted(shares, key=lambda share: abs(share - available))[:2])
             remedy = f"Use {either([str(share) for share in nearest])}, or change" if nearest else "Change"
             raise UserError(
@@ -133,7 +142,13 @@ def check_teacher_ranks(config: Config, world_size: int) -> None:
     each, unit = data.micro_batch_size * replicas, micro * (available // ranks)
     usable = [str(n) for n in range(1, count + 1) if count % n == 0 and n * each % unit == 0]
     if count % window:
-        remedy = f"Use {either(usable)}." if usable else "Leave it out."
+        if usable:
+            remedy = f"Use {either(usable)}."
+        else:
+            remedy = (
+                f"None of these is a multiple of the {unit} samples that the teacher takes at a time either. Change "
+                "teacher.parallel.micro_batch_size or data.global_batch_size."
+            )
         raise UserError(
             f"teacher.signal_window is {window}; it must divide the {count} microbatches of a step "
             f"(data.global_batch_size {data.global_batch_size} / (data.micro_batch_size {data.micro_batch_size} x "

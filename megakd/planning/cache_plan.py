@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from megakd.cache.layout import ENTRY, INDEX_ENTRY_BYTES
 from megakd.cache.sampled import SampledCodec
 from megakd.losses.chunking import BLOCK_BYTES
 from megakd.losses.sparse_targets import BLOCK_COLUMNS
@@ -87,19 +88,19 @@ class CachePlan(ClusterPlan):
 
     @property
     def tokens(self) -> int | None:
-        """Tokens of the samples that are written, of which some may come up twice; None where that is all data."""
+        """Tokens of the run whose samples are written, which may visit some again; None where that is all data."""
         steps = self.job.num_steps()
         return None if steps is None or self.job.config.cache.scope != "run" else steps * self.job.step_tokens
 
     @property
-    def bytes_per_token(self) -> tuple[float, bool]:
-        """Bytes of the cache for a token that counts, and whether that is a bound: of draws it depends on the text."""
-        codec = cache_codec(self.job.config)
-        if isinstance(codec, SampledCodec):
-            return codec.most_bytes_per_row, True
-        size = codec.bytes_per_row
-        assert size is not None
-        return size, False
+    def bytes_per_token(self) -> float:
+        """Bytes of the cache for a token of the data at the most: reached where all count, and all its draws differ."""
+        codec, length = cache_codec(self.job.config), self.job.sequence_length
+        row = codec.most_bytes_per_row if isinstance(codec, SampledCodec) else codec.bytes_per_row
+        assert row is not None
+        # A sample's entries in shard and index, which of its positions are there, streams that end at whole bytes.
+        sample = ENTRY.itemsize + INDEX_ENTRY_BYTES + length / 8 + 8
+        return row + sample / length
 
     def price(self, tokens: float) -> float:
         """US dollars for so many tokens."""
@@ -108,7 +109,6 @@ class CachePlan(ClusterPlan):
 
     def to_dict(self) -> dict[str, Any]:
         """All figures, for programs: bytes, operations, seconds, US dollars."""
-        size, is_bound = self.bytes_per_token
         return {
             "cluster": self.cluster.model_dump(),
             "ranks": self.job.world_size,
@@ -134,8 +134,7 @@ class CachePlan(ClusterPlan):
             "tokens_per_second": self.tokens_per_second,
             "mfu": self.mfu,
             "tokens": self.tokens,
-            "cache_bytes_per_token": size,
-            "cache_bytes_per_token_is_a_bound": is_bound,
+            "cache_bytes_per_token_at_most": self.bytes_per_token,
             "dollars_per_billion_tokens": self.price(1e9),
         }
 

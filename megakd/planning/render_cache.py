@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from megakd.common.errors import UserError
 from megakd.common.text_table import text_table
+from megakd.config.layouts import teacher_section
 from megakd.config.schema import Config
 from megakd.planning.cache_plan import CachePlan, build_cache_plan
 from megakd.planning.job import build_cache_job, with_settings
@@ -19,6 +20,7 @@ from megakd.planning.render import (
     transfers_table,
     verdict_line,
 )
+from megakd.planning.savers import Settings, halves
 from megakd.planning.wording import layout_text, settings_text, size_text
 from megakd.training.teacher_cache import WINDOW
 
@@ -80,50 +82,72 @@ def _time_and_size(plan: CachePlan) -> Iterator[str]:
         f"what is kept of it take {extraction:.3g}; {plan.tokens_per_second:,.0f} tokens per second, "
         f"{plan.tokens_per_second / plan.job.world_size:,.0f} per second and rank; MFU {plan.mfu:.0%}"
     )
-    size, is_bound = plan.bytes_per_token
-    words = "at most " if is_bound else ""
-    less = ", less where the teacher is sure of itself; `cache --dry-run` measures it" if is_bound else ""
-    yield f"{words}{size:.0f} bytes per token{less}"
+    yield (
+        f"at most {plan.bytes_per_token:.0f} bytes per token: fewer where the teacher is sure of itself or tokens do "
+        "not count; `cache --dry-run` measures it"
+    )
     tokens, price = plan.tokens, plan.cluster.price_per_gpu_hour
     of = f"the run's {tokens:,} tokens take" if tokens is not None else "a billion tokens take"
+    less = "" if tokens is None else "; less where samples come up again, which are written once"
     tokens = 10**9 if tokens is None else tokens
     cost = f", cost ${plan.price(tokens):,.0f} at an assumed ${price:.2f} per GPU and hour" if price else ""
-    yield f"{of} {hours_text(tokens / plan.tokens_per_second)}{cost}, and {words}{size_text(tokens * size)} of disk"
+    disk = size_text(tokens * plan.bytes_per_token)
+    yield f"{of} {hours_text(tokens / plan.tokens_per_second)}{cost}, and at most {disk} of disk{less}"
     yield assumed_line(plan.cluster, "reading, encoding and writing beside the teacher")
 
 
 def _advice(plan: CachePlan, config: Config) -> Iterator[str]:
     """Settings with which it fits, or is faster."""
     found = []
-    for settings in _changes(plan, config):
-        try:
-            job = build_cache_job(with_settings(config, settings), plan.job.world_size, plan.job.device_type)
-        except UserError:
-            continue  # a rule forbids them
-        other = build_cache_plan(job, plan.cluster)
-        if other.fits and (not plan.fits or other.tokens_per_second > plan.tokens_per_second * _WORTHWHILE):
-            found.append((other, settings))
+    for layout in [{}, *_layouts(plan, config)]:
+        other = _first_that_fits(plan, config, layout)
+        if other is not None and (not plan.fits or other[0].tokens_per_second > plan.tokens_per_second * _WORTHWHILE):
+            found.append(other)
     found.sort(key=lambda pair: -pair[0].tokens_per_second)
     if found:
         yield "it is faster with:" if plan.fits else "it fits with one of these:"
-        for other, settings in found[: 1 if plan.fits else _PROPOSALS]:
-            change = other.tokens_per_second / plan.tokens_per_second - 1
-            yield f"  {settings_text(settings)}: {size_text(other.peak)}, {change:+.0%} tokens per second"
+        for other_plan, settings in found[: 1 if plan.fits else _PROPOSALS]:
+            change = other_plan.tokens_per_second / plan.tokens_per_second - 1
+            yield f"  {settings_text(settings)}: {size_text(other_plan.peak)}, {change:+.0%} tokens per second"
     elif not plan.fits:
-        yield "no smaller microbatch and no other layout of these ranks makes it fit; take more nodes (--nnodes)"
+        yield (
+            "no layout of these ranks makes it fit, with smaller microbatches and chunks either; more ranks for one "
+            "teacher (--nnodes, with more of them in TP x PP) are needed"
+        )
 
 
-def _changes(plan: CachePlan, config: Config) -> Iterator[dict[str, object]]:
-    """Smaller chunks and microbatches, other layouts; under the keys that decide in this configuration."""
+def _first_that_fits(plan: CachePlan, config: Config, layout: Settings) -> tuple[CachePlan, Settings] | None:
+    """A layout with the largest microbatches and chunks with which it fits."""
+    for chunk in _chunks(plan, config):
+        for micro in _micro_batches(plan, config):
+            settings = {**layout, **micro, **chunk}
+            try:
+                job = build_cache_job(with_settings(config, settings), plan.job.world_size, plan.job.device_type)
+            except UserError:
+                continue  # a rule forbids them
+            other = build_cache_plan(job, plan.cluster)
+            if other.fits:
+                return other, settings
+    return None
+
+
+def _chunks(plan: CachePlan, config: Config) -> list[Settings]:
+    is_free = config.distill.loss_chunk_mib is None and plan.cluster.device_type == "cuda"
+    return [{}, {"distill.loss_chunk_mib": 256}] if is_free else [{}]
+
+
+def _micro_batches(plan: CachePlan, config: Config) -> list[Settings]:
+    """The present microbatches and smaller ones, under the key that decides in this configuration."""
     assert config.teacher is not None
-    own = config.teacher.parallel
-    section = "teacher.parallel" if own.model_dump(exclude_none=True) else "parallel"
-    key = "data.micro_batch_size" if own.micro_batch_size is None else "teacher.parallel.micro_batch_size"
-    if config.distill.loss_chunk_mib is None and plan.cluster.device_type == "cuda":
-        yield {"distill.loss_chunk_mib": 256}
-    if plan.teacher.micro_batch_size > 1:
-        yield {key: 1}
-    ranks = plan.job.world_size
+    own = config.teacher.parallel.micro_batch_size
+    key = "data.micro_batch_size" if own is None else "teacher.parallel.micro_batch_size"
+    sizes = [*(size for size in halves(plan.teacher.micro_batch_size) if size > 1), 1]
+    return [{}, *[Settings({key: size}) for size in sizes if size < plan.teacher.micro_batch_size]]
+
+
+def _layouts(plan: CachePlan, config: Config) -> Iterator[Settings]:
+    """Other layouts, under the keys that decide in this configuration."""
+    section, ranks = teacher_section(config), plan.job.world_size
     sizes = [size for size in range(1, ranks + 1) if ranks % size == 0]
     for tp in (size for size in sizes if size <= plan.cluster.ranks_per_node):
         for pp in (size for size in sizes if ranks % (tp * size) == 0):

@@ -60,16 +60,17 @@ def offloading(job: Job) -> Saver:
 
 
 def _micro_batches(plan: Plan) -> Saver:
-    return [{"data.micro_batch_size": size} for size in _halves(plan.job.config.data.micro_batch_size)]
+    return [{"data.micro_batch_size": size} for size in halves(plan.job.config.data.micro_batch_size)]
 
 
 def _teacher_micro_batches(job: Job) -> Saver:
     if job.teacher is None:
         return []
-    return [{"teacher.parallel.micro_batch_size": size} for size in _halves(job.teacher.micro_batch_size)]
+    return [{"teacher.parallel.micro_batch_size": size} for size in halves(job.teacher.micro_batch_size)]
 
 
-def _halves(size: int) -> Iterator[int]:
+def halves(size: int) -> Iterator[int]:
+    """Half of a size, half of that, while they are whole."""
     while size > 1 and size % 2 == 0:
         size //= 2
         yield size

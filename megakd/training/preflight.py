@@ -13,7 +13,7 @@ from megakd.common.errors import UserError, naming
 from megakd.common.logging import log
 from megakd.config.architecture_checks import check_architecture
 from megakd.config.checks import check_cache_config, check_config
-from megakd.config.layouts import teacher_parallel, with_teacher_alone
+from megakd.config.layouts import teacher_parallel, teacher_section, with_teacher_alone
 from megakd.config.logging_checks import check_profiled_steps
 from megakd.config.schema import Config
 from megakd.convert import check_can_export, check_weights, read_hf_config
@@ -100,9 +100,8 @@ def check_teacher_model(config: Config) -> None:
     """
     assert config.teacher is not None
     teacher = teacher_architecture(config)
-    parallel, own = teacher_parallel(config), config.teacher.parallel
-    section = "parallel" if own.model_dump(exclude_none=True) == {} else "teacher.parallel"
-    length = config.data.sequence_length
+    parallel, length = teacher_parallel(config), config.data.sequence_length
+    section = teacher_section(config)
     check_architecture("teacher", teacher, parallel, length, has_stage_split=False, section=section)
     with naming("teacher.path"):
         check_weights(config.teacher.path, teacher)

@@ -84,6 +84,13 @@ REFUSED: list[tuple[str, dict[str, Any], tuple[int, ...], str]] = [
     ("teacher_ranks", {"teacher__signal_window": 3, "teacher__parallel": {"micro_batch_size": 4}}, (2,),
      "teacher.signal_window is 3; it must divide the 4 microbatches of a step (data.global_batch_size 16 / "
      "(data.micro_batch_size 2 x data-parallel size 2)). Use 2 or 4."),
+    ("teacher_ranks", {"teacher__signal_window": 3, "teacher__parallel": {"micro_batch_size": 16}}, (2,),
+     "teacher.signal_window is 3; it must divide the 4 microbatches of a step (data.global_batch_size 16 / "
+     "(data.micro_batch_size 2 x data-parallel size 2)). None of these is a multiple of the 32 samples"),
+    ("dedicated_ranks",
+     {**OWN_RANKS, "teacher__ranks": 3, "teacher__parallel": {"tensor_model_parallel_size": 2}}, (3,),
+     "teacher.ranks is 3 and the run has 3 ranks, which leaves 3 - 3 = 0 to the student; it needs a multiple of "
+     "tensor_model_parallel_size 1 x pipeline_model_parallel_size 1 = 1. Start 5 ranks with teacher.ranks 4 "),
     ("best", {"evaluation": {"patience": 2}}, (),
      "evaluation.patience is 2 and evaluation.metric is null; patience counts evaluations without a better"),
     ("best", {"evaluation": {"metric": "cross_entropy"}, "data__valid": ["x"]}, (),
@@ -296,7 +303,7 @@ def test_every_rule_is_tested_both_ways() -> None:
         ({"teacher": {"path": "x", "source": "cache"}}, "teacher.source is cache; a cache is written from a teacher."),
         ({"distill__loss": "tvd"}, "a cache is to be written and distill.loss is tvd; only forward_kl can be had"),
         ({"cache": {"k": 3}}, "cache.k is 3 and has no effect on cache.mode sampled."),
-        ({TP: 3}, "the run has 4 ranks; there must be a multiple of tensor_model_parallel_size 3"),
+        ({TP: 3}, "there are 4 ranks to write a cache; there must be a multiple of the teacher's tensor_model_par"),
     ],
 )
 def test_a_cache_that_cannot_be_written(changes: dict[str, Any], line: str) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from megakd.cache.manifest import read_manifest
 from megakd.config.schema import Config
 from megakd.planning.cache_plan import CachePlan, build_cache_plan
 from megakd.planning.job import build_cache_job, build_job
@@ -15,7 +17,7 @@ from megakd.planning.render_cache import describe_cache_plan
 from megakd.training.teacher_cache import WINDOW
 from tests.cache import caches
 from tests.planning.jobs import CLUSTER
-from tests.training.runs import layout, run_values, save_llama
+from tests.training.runs import layout, run_values, save_llama, write_tokens
 
 LENGTH, VOCAB, HIDDEN = 64, 1024, 64
 
@@ -51,6 +53,10 @@ def test_operations_are_those_of_layers_and_head(files):
 def test_time_is_the_busiest_stage_and_more_replicas_share_it(files):
     plan = plan_of(config_of(files))
     assert plan.window_seconds == pytest.approx(WINDOW * (plan.stage_seconds[0] + plan.extraction))
+    logits = plan.teacher.micro_batch_size * LENGTH * VOCAB * 4
+    products = plan.head_flops / (CLUSTER.fp32_tflops * 1e12 * CLUSTER.product_efficiency)
+    passes = (plan.extraction - products) * CLUSTER.memory_gb_per_s * 1e9 * CLUSTER.transfer_efficiency / logits
+    assert passes == pytest.approx(10)
     assert plan.window_tokens == WINDOW * plan.teacher.micro_batch_size * LENGTH
     assert plan.mfu == pytest.approx(
         (plan.stage_flops[0] + plan.head_flops) * WINDOW / plan.window_seconds / (CLUSTER.fp32_tflops * 1e12)
@@ -83,12 +89,20 @@ def test_tokens_are_those_of_the_run_or_not_known(files):
     assert "a billion tokens take" in "\n".join(describe_cache_plan(plan_of(config), config))
 
 
-def test_a_cache_of_the_largest_has_a_known_size(files):
-    bound = plan_of(config_of(files, cache__num_samples=16)).bytes_per_token
-    exact = plan_of(config_of(files, cache__mode="topk", cache__k=16)).bytes_per_token
-    assert bound[1] and not exact[1]
-    codec = {"cache__mode": "topk", "cache__k": 32}
-    assert exact[0] < plan_of(config_of(files, **codec)).bytes_per_token[0]
+def test_a_cache_takes_no_more_than_is_said(files, run_ranks, tmp_path):
+    """Short samples, of which each has entries in the index and its last bytes to fill."""
+    write_tokens(files / "data", np.random.default_rng(1).integers(0, VOCAB, LENGTH * 40 + 1), VOCAB)
+    for mode in ("sampled", "topk"):
+        config = config_of(files, cache__mode=mode, cache__path=str(tmp_path / mode))
+        run_ranks(1, run_cache, config.model_dump())
+        manifest = read_manifest(tmp_path / mode)
+        assert 0.5 * plan_of(config).bytes_per_token < manifest.bytes_per_row <= plan_of(config).bytes_per_token
+
+
+def run_cache(values: dict[str, Any]) -> None:
+    from megakd.training.caching import write_cache
+
+    write_cache(Config.model_validate(values))
 
 
 def test_what_does_not_fit_is_told_layouts_that_do(files):
@@ -106,8 +120,12 @@ def test_what_does_not_fit_is_told_layouts_that_do(files):
             changes[key.replace(".", "__")] = value
         changed = config_of(files, **({"data__micro_batch_size": 8} | changes))
         assert plan_of(changed, 4, memory_gib=0.6 * needed).fits
+    # Neither another layout nor smaller microbatches alone, but both.
+    least = min(plan_of(config_of(files, **layout(tp, pp)), 4).peak for tp, pp in ((4, 1), (2, 2), (1, 4))) / 2**30
+    tight = plan_of(config, 4, memory_gib=1.02 * least)
+    assert "data.micro_batch_size=1" in "\n".join(describe_cache_plan(tight, config))
     hopeless = plan_of(config, 4, memory_gib=0.01 * needed)
-    assert "take more nodes" in "\n".join(describe_cache_plan(hopeless, config))
+    assert "more ranks for one teacher" in "\n".join(describe_cache_plan(hopeless, config))
 
 
 def test_a_faster_layout_is_told(files):
