@@ -232,7 +232,7 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value, text in (
-        ("rounds", 11, "rounds that are counted"),
+        ("rounds", 9, "rounds that are counted"),
         ("steps", 4, "steps in a row that are counted"),
         ("samples", 8, "of a step, two to one of the teacher's microbatches"),
         ("sequence", 128, "positions of a sample"),
