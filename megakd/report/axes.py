@@ -38,7 +38,7 @@ class Axis:
 def step_axis(last: int) -> Axis:
     """Steps from 0 to `last`."""
     high = max(last, 1)
-    step = max(_nice_step(high / 5), 1.0)
+    step = math.ceil(_nice_step(high / 5))  # steps are whole, and 2.5 of them are none
     values = np.arange(0, high + step / 1000, step)
     return Axis(0.0, float(high), tuple((float(v), f"{v:,.0f}") for v in values))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from matplotlib.image import imread
 
@@ -39,6 +39,8 @@ def test_axes_hold_their_figures_between_distinct_ticks(a: float, b: float, from
 
 
 @given(st.integers(1, 10**7))
+@example(11)
+@example(12)
 def test_step_axes_end_at_the_last_step_and_tick_whole_steps(last: int) -> None:
     axis = step_axis(last)
     assert (axis.low, axis.high) == (0, last)
