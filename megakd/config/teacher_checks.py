@@ -57,9 +57,8 @@ def check_dedicated_ranks(config: Config, world_size: int) -> None:
     of_teacher = teacher_ranks(config, world_size)
     replica_ranks = ranks_per_replica(config.parallel)
     if of_teacher >= world_size:
-        usable = -(-of_teacher // ranks_per_replica(teacher_parallel(config))) * ranks_per_replica(
-            teacher_parallel(config)
-        )
+        own = ranks_per_replica(teacher_parallel(config))
+        usable = -(-of_teacher // own) * own
         also = "" if usable == of_teacher else f" with teacher.ranks {usable}"
         raise UserError(
             f"teacher.ranks is {of_teacher} and the run has {world_size} ranks, which leaves {world_size} - "

@@ -10,6 +10,7 @@ import psutil
 from megakd.common.errors import UserError
 
 DEFAULT_PORT = 29400
+RENDEZVOUS = "megakd"  # torchrun's name for the one in rendezvous.py
 # After the launchers have met, what is left to torchrun's processes is to import torch.
 _JOIN_SECONDS = 300
 
@@ -43,7 +44,7 @@ class Nodes:
         is_host = str(self.rank == 0).lower()
         return [
             f"--nnodes={self.count}",
-            "--rdzv-backend=megakd",  # rendezvous.py
+            f"--rdzv-backend={RENDEZVOUS}",
             f"--rdzv-endpoint={self.host}:{self.port}",
             f"--rdzv-id={self.job}",
             f"--rdzv-conf=is_host={is_host},join_timeout={_JOIN_SECONDS}",

@@ -17,7 +17,7 @@ from torch.distributed.elastic.rendezvous import (
 from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import create_backend
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handler
 
-BACKEND = "megakd"
+from megakd.launch.nodes import RENDEZVOUS
 
 
 def register(node_rank: int) -> None:
@@ -27,7 +27,7 @@ def register(node_rank: int) -> None:
         backend, store = create_backend(parameters)
         return OrderedRendezvous(create_handler(store, backend, parameters), node_rank, parameters.local_addr)
 
-    rendezvous_handler_registry.register(BACKEND, create)
+    rendezvous_handler_registry.register(RENDEZVOUS, create)
 
 
 class OrderedRendezvous(RendezvousHandler):
@@ -49,7 +49,7 @@ class OrderedRendezvous(RendezvousHandler):
 
     def get_backend(self) -> str:
         """Its name."""
-        return BACKEND
+        return RENDEZVOUS
 
     def is_closed(self) -> bool:
         """As the other handler says."""

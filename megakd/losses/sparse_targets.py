@@ -25,7 +25,7 @@ from megakd.losses.shards import SENTINEL, VocabularyShard, build_shard, compute
 BLOCK_COLUMNS = 32  # as few as to make a search in a block cheap, as many as to make blocks few
 _STEP = 0.6180339887498949  # golden ratio: offsets of neighbouring blocks are spread evenly
 _LOW_BITS = 2.0**26  # of an offset: below what decides between blocks
-_SEARCHED = 1 << 20  # columns looked at together
+SEARCHED_COLUMNS = 1 << 20  # columns looked at together
 
 
 class Draws(NamedTuple):
@@ -238,7 +238,7 @@ def _search(x: Tensor, block: Tensor, share: Tensor) -> Tensor:
     A column of no mass is not found in a block that has some.
     """
     found = torch.empty(block.shape, dtype=torch.int64, device=x.device)
-    step = max(1, _SEARCHED // (block.shape[1] * BLOCK_COLUMNS))
+    step = max(1, SEARCHED_COLUMNS // (block.shape[1] * BLOCK_COLUMNS))
     for start in range(0, len(x), step):
         part = slice(start, start + step)
         found[part] = _search_rows(x[part], block[part], share[part])

@@ -8,7 +8,7 @@ from typing import Any
 from megakd.cache.layout import ENTRY, INDEX_ENTRY_BYTES
 from megakd.cache.sampled import SampledCodec
 from megakd.losses.chunking import BLOCK_BYTES
-from megakd.losses.sparse_targets import BLOCK_COLUMNS
+from megakd.losses.sparse_targets import BLOCK_COLUMNS, SEARCHED_COLUMNS
 from megakd.planning.activations import forward_bytes
 from megakd.planning.clusters import Cluster
 from megakd.planning.flops import teacher_flops
@@ -32,7 +32,6 @@ from megakd.training.teacher_cache import WINDOW, cache_codec
 _PASSES = 10
 # Bytes of a column that draws look at: places, masses in fp64 and their sums, and what is compared.
 _SEARCH_BYTES = 34
-_SEARCHED_COLUMNS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -227,7 +226,7 @@ def _search_bytes(job: Job) -> float:
     width = job.head_vocab // job.student.layout.tp
     settings = cache_codec(job.config).settings()
     draws = settings["num_samples"] if settings["mode"] == "sampled" else settings["tail_samples"]
-    searched = min(_SEARCHED_COLUMNS, job.chunk * draws * BLOCK_COLUMNS) * _SEARCH_BYTES
+    searched = min(SEARCHED_COLUMNS, job.chunk * draws * BLOCK_COLUMNS) * _SEARCH_BYTES
     largest = job.chunk * settings["k"] * BLOCK_COLUMNS * 12 if settings["mode"] == "topk" else 0
     exponentials = min(0.75 * BLOCK_BYTES[job.device_type], job.chunk * width * 12)
     return float(max(searched, largest, exponentials))

@@ -296,6 +296,15 @@ def with_settings(config: Config, settings: dict[str, object]) -> Config:
     return config
 
 
+def layout_settings(section: str, tp: int, pp: int, *, sequence_parallel: bool) -> dict[str, object]:
+    """A layout under the keys of a section, `parallel` or `teacher.parallel`."""
+    return {
+        f"{section}.tensor_model_parallel_size": tp,
+        f"{section}.pipeline_model_parallel_size": pp,
+        f"{section}.sequence_parallel": sequence_parallel,
+    }
+
+
 def _with_setting(section: _Section, name: str, value: object) -> _Section:
     key, _, rest = name.partition(".")
     changed = _with_setting(getattr(section, key), rest, value) if rest else value

@@ -65,6 +65,11 @@ class Plan(ClusterPlan):
         return max(stage.peak for stage in (*self.memory, *self.teacher_memory))
 
     @property
+    def preference(self) -> tuple[bool, float]:
+        """To sort by: plans that fit come first, by their time; the others by what they need."""
+        return not self.fits, self.timing.seconds if self.fits else self.peak
+
+    @property
     def window_cost(self) -> WindowCost:
         """What the teacher's windows cost of a step's time."""
         return window_cost(self.job, self.cluster, self.timing)

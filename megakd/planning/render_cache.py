@@ -9,7 +9,7 @@ from megakd.common.text_table import text_table
 from megakd.config.layouts import teacher_section
 from megakd.config.schema import Config
 from megakd.planning.cache_plan import CachePlan, build_cache_plan
-from megakd.planning.job import build_cache_job, with_settings
+from megakd.planning.job import build_cache_job, layout_settings, with_settings
 from megakd.planning.render import (
     assumed_line,
     count_text,
@@ -151,8 +151,4 @@ def _layouts(plan: CachePlan, config: Config) -> Iterator[Settings]:
     sizes = [size for size in range(1, ranks + 1) if ranks % size == 0]
     for tp in (size for size in sizes if size <= plan.cluster.ranks_per_node):
         for pp in (size for size in sizes if ranks % (tp * size) == 0):
-            yield {
-                f"{section}.tensor_model_parallel_size": tp,
-                f"{section}.pipeline_model_parallel_size": pp,
-                f"{section}.sequence_parallel": tp > 1,
-            }
+            yield layout_settings(section, tp, pp, sequence_parallel=tp > 1)

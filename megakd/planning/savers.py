@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megakd.planning.dedicated_advice import dedicated_savers
-from megakd.planning.job import Job
+from megakd.planning.job import Job, layout_settings
 from megakd.planning.layout import ModelLayout
 from megakd.planning.plan import Plan
 from megakd.planning.splits import possible_splits
@@ -89,13 +89,8 @@ def other_layouts(plan: Plan) -> Iterator[Settings]:
     job = plan.job
     yield from (_student_layout(job, *sizes) for sizes in _sizes(job.student.layout, plan.cluster.ranks_per_node))
     if job.teacher is not None and not job.is_dedicated:
-        section = "teacher.parallel"
         for tp, pp in _sizes(job.teacher.layout, plan.cluster.ranks_per_node):
-            yield {
-                f"{section}.tensor_model_parallel_size": tp,
-                f"{section}.pipeline_model_parallel_size": pp,
-                f"{section}.sequence_parallel": tp > 1,
-            }
+            yield layout_settings("teacher.parallel", tp, pp, sequence_parallel=tp > 1)
 
 
 def _sizes(layout: ModelLayout, widest: int) -> Iterator[tuple[int, int]]:

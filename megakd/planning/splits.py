@@ -59,7 +59,7 @@ def best_split(job: Job, cluster: Cluster) -> tuple[Split, Plan] | None:
         fitting = [pair for pair in splits[_SIMULATED:] if peak_bytes(pair[1]) <= usable_bytes(cluster)]
         least = min(splits, key=lambda pair: peak_bytes(pair[1]))
         plans += [(split, build_plan(split_job, cluster)) for split, split_job in [*fitting[:_SIMULATED], least]]
-    return min(plans, key=lambda pair: _rank(pair[1]), default=None)
+    return min(plans, key=lambda pair: pair[1].preference, default=None)
 
 
 def some_split_fits(job: Job, cluster: Cluster) -> bool:
@@ -69,10 +69,6 @@ def some_split_fits(job: Job, cluster: Cluster) -> bool:
 
 def _splits(job: Job) -> Iterator[Split]:
     return possible_splits(job.student.architecture.num_layers, job.student.layout.pp)
-
-
-def _rank(plan: Plan) -> tuple[bool, float]:
-    return not plan.fits, plan.timing.seconds if plan.fits else plan.peak
 
 
 def _with_split(job: Job, split: Split) -> Job:

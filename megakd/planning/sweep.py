@@ -10,7 +10,7 @@ from megakd.config.layouts import student_ranks, teacher_is_dedicated, teacher_r
 from megakd.config.schema import Config
 from megakd.config.teacher_checks import check_dedicated_ranks, check_teacher_placement
 from megakd.planning.clusters import Cluster
-from megakd.planning.job import build_job, with_settings
+from megakd.planning.job import build_job, layout_settings, with_settings
 from megakd.planning.plan import Plan, usable_bytes
 from megakd.planning.splits import Split, possible_splits
 from megakd.planning.teacher_memory import teacher_memory
@@ -39,9 +39,7 @@ class Candidate:
         """What to set for it."""
         layout = self.plan.job.student.layout
         return {
-            "parallel.tensor_model_parallel_size": layout.tp,
-            "parallel.pipeline_model_parallel_size": layout.pp,
-            "parallel.sequence_parallel": layout.sequence_parallel,
+            **layout_settings("parallel", layout.tp, layout.pp, sequence_parallel=layout.sequence_parallel),
             **self.split.settings(),
             "student.recompute_granularity": self.recompute,
             **self.teacher_settings,
@@ -52,9 +50,8 @@ def sweep(config: Config, world_size: int, cluster: Cluster) -> tuple[list[Candi
     """Candidates, those that fit before those that do not, by their step's time; and why the others are none.
 
     Teacher and student share the layout but for what teacher.parallel sets; where they do not fit together, layouts of
-    the teacher alone are tried. On ranks of its own, whose number is the
-    configuration's, the teacher has its best layout for each of the student's. Tensor ranks stay within a node. The
-    batch sizes are the configuration's.
+    the teacher alone are tried. On ranks of its own, whose number is the configuration's, the teacher has its best
+    layout for each of the student's. Tensor ranks stay within a node. The batch sizes are the configuration's.
 
     Raises:
         UserError: no ranks are left to the student.
@@ -75,8 +72,7 @@ def sweep(config: Config, world_size: int, cluster: Cluster) -> tuple[list[Candi
 
 def _rank(candidate: Candidate) -> tuple[bool, float, float]:
     """Those that fit come first, by the step's time; where a teacher of its own sets that, by the student's."""
-    plan = candidate.plan
-    return not plan.fits, plan.timing.seconds if plan.fits else plan.peak, plan.timing.student_side
+    return *candidate.plan.preference, candidate.plan.timing.student_side
 
 
 def _candidate(config: Config, world_size: int, cluster: Cluster, tp: int, pp: int) -> Candidate:
@@ -87,12 +83,7 @@ def _candidate(config: Config, world_size: int, cluster: Cluster, tp: int, pp: i
         raise UserError(f"the student's {num_layers} layers do not spread over {pp} stages.")
     config = with_settings(
         config,
-        {
-            "parallel.tensor_model_parallel_size": tp,
-            "parallel.pipeline_model_parallel_size": pp,
-            "parallel.sequence_parallel": tp > 1,
-            **some.settings(),
-        },
+        {**layout_settings("parallel", tp, pp, sequence_parallel=tp > 1), **some.settings()},
     )
     if teacher_is_dedicated(config):
         of_teacher = _best_teacher(config, world_size, cluster)
@@ -155,11 +146,7 @@ def _teacher_settings(config: Config, ranks: int, cluster: Cluster) -> Iterator[
     for tp in _divisors(cluster.ranks_per_node) if fixed_tp is None else [fixed_tp]:
         for pp in _divisors(ranks // tp if ranks % tp == 0 else 0) if fixed_pp is None else [fixed_pp]:
             is_cut = tp > 1 if own.sequence_parallel is None else own.sequence_parallel
-            yield {
-                f"{section}.tensor_model_parallel_size": tp,
-                f"{section}.pipeline_model_parallel_size": pp,
-                f"{section}.sequence_parallel": is_cut,
-            }
+            yield layout_settings(section, tp, pp, sequence_parallel=is_cut)
 
 
 def _divisors(number: int) -> list[int]:

@@ -25,11 +25,6 @@ class Variant:
     recompute: str
     teacher_settings: Settings
 
-    @property
-    def rank(self) -> tuple[bool, float]:
-        """Those that fit come first, by their time; the others by what they need."""
-        return not self.plan.fits, self.plan.timing.seconds if self.plan.fits else self.plan.peak
-
 
 def best_variant(config: Config, world_size: int, cluster: Cluster) -> Variant:
     """The fastest that fits, of those with the least recomputation, windows and offloading that do; else the leanest.
@@ -46,7 +41,7 @@ def best_variant(config: Config, world_size: int, cluster: Cluster) -> Variant:
         if plain.plan.fits:
             break
         found += _with_less_of_the_teacher(job, cluster, recompute)
-    return min(found, key=lambda variant: variant.rank)
+    return min(found, key=lambda variant: variant.plan.preference)
 
 
 def could_fit(config: Config, world_size: int, cluster: Cluster) -> bool:
