@@ -7,9 +7,10 @@ import logging
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
-from megakd.launch.failures import AGENT_LOG, AGENT_RECORD, RankExit, save_rank_exits
+from megakd.launch.failures import AGENT_LOG, AGENT_RECORD, RankExit, save_rank_exits, unfinished_ranks
 from megakd.launch.nodes import Nodes
 from megakd.launch.processes import END_SIGNAL, RANK_MODULE, adopted_orphans, die_with_parent
 
@@ -33,6 +34,7 @@ def main(argv: list[str]) -> int:
     from megakd.launch.rendezvous import register
 
     log_dir, nodes = Path(options["log_dir"]), Nodes(**options["nodes"])
+    folders = [log_dir, Path(options["scratch_dir"])]
     if options["max_restarts"] or not nodes.is_alone:
         # torch 2.13's agents keep one store through restarts, in which restarted ranks find what the dead ones left. So
         # rank 0 opens one, on a port that was free; should another process have taken it since, a restart finds a new
@@ -40,7 +42,7 @@ def main(argv: list[str]) -> int:
         os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     register(nodes.rank)
     _log_to_file(log_dir / nodes.file(AGENT_LOG))
-    rank_options = json.dumps({"agent_pid": os.getpid(), "folders": [str(log_dir), options["scratch_dir"]]})
+    rank_options = json.dumps({"agent_pid": os.getpid(), "folders": [str(folder) for folder in folders]})
     arguments = [
         *nodes.torchrun_arguments(),
         f"--nproc-per-node={options['nproc_per_node']}",
@@ -59,10 +61,16 @@ def main(argv: list[str]) -> int:
                 signal.signal(number, signal.SIG_IGN)
     except ChildFailedError as error:
         exits = [RankExit(rank, f.timestamp, f.exitcode) for rank, f in error.failures.items()]
-        save_rank_exits([log_dir, Path(options["scratch_dir"])], nodes.file(AGENT_RECORD), exits)
+        save_rank_exits(folders, nodes.file(AGENT_RECORD), exits)
         return 1
     except SignalException as error:
         return 128 + int(error.sigval)
+    # A rank that left in the middle of its work may have done so with status 0.
+    unfinished = unfinished_ranks(folders, nodes.ranks(options["nproc_per_node"]))
+    if unfinished:
+        exits = [RankExit(rank, time.time(), 0) for rank in unfinished]
+        save_rank_exits(folders, nodes.file(AGENT_RECORD), exits)
+        return 1
     return 0
 
 

@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -43,26 +43,45 @@ class RankExit:
     exitcode: int
 
     def __str__(self) -> str:
-        if self.exitcode >= 0:
+        if self.exitcode == 0:
+            return f"rank {self.rank} ended with status 0 before its work was done"
+        if self.exitcode > 0:
             return f"rank {self.rank} ended with status {self.exitcode} and no message"
         name = signal.Signals(-self.exitcode).name
         hint = "; the kernel does this when memory runs out" if name == "SIGKILL" else ""
         return f"rank {self.rank} was killed by {name}{hint}"
 
 
-def rank_record(log_dir: Path, rank: int) -> Path:
-    """The file that holds the exception which ended `rank`."""
-    return log_dir / f"rank-{rank}.error"
-
-
 def save_rank_error(folders: Sequence[Path], error: RankError) -> None:
     """Write a rank's record into the first folder with room, whole or not at all: the rank may be killed meanwhile."""
-    _write_somewhere(folders, rank_record(Path(), error.rank).name, json.dumps(asdict(error)))
+    _write_somewhere(folders, f"rank-{error.rank}.error", json.dumps(asdict(error)))
 
 
-def save_interruption(folders: Sequence[Path], rank: int, interruption: Interruption) -> None:
-    """Write that a rank ended before its time into the first folder with room."""
-    _write_somewhere(folders, f"rank-{rank}.interrupted", json.dumps(asdict(interruption)))
+def save_end(folders: Sequence[Path], rank: int, interruption: Interruption | None) -> None:
+    """Write that a rank came to its end, or what interrupted it with all saved, into the first folder with room.
+
+    What ends in another way leaves no such record, whatever its status is.
+    """
+    if interruption is None or _write_somewhere(folders, f"rank-{rank}.interrupted", json.dumps(asdict(interruption))):
+        # Looked for by this node alone, so the last folder, its own, comes first: a shared one may show it late.
+        _write_somewhere(folders[::-1], f"rank-{rank}.finished", "")
+
+
+def unfinished_ranks(folders: Sequence[Path], ranks: Iterable[int]) -> list[int]:
+    """Those of the ranks that did not write that they came to their end."""
+    return [rank for rank in ranks if not any((folder / f"rank-{rank}.finished").exists() for folder in folders)]
+
+
+def clear_rank_records(folders: Sequence[Path], rank: int) -> None:
+    """Remove what an earlier attempt of a rank left, all but bad input.
+
+    The launcher may not have read that yet, and no restart cures it.
+    """
+    endings = ["interrupted", "finished"]
+    if not any(error.rank == rank and error.user_error for error in load_rank_errors(folders)):
+        endings.append("error")
+    for path in [folder / f"rank-{rank}.{ending}" for folder in folders for ending in endings]:
+        path.unlink(missing_ok=True)
 
 
 def load_interruption(folders: Sequence[Path]) -> Interruption | None:
@@ -82,6 +101,7 @@ def clear_records(log_dir: Path) -> None:
         "rank-*.error",
         "rank-*.hang",
         "rank-*.interrupted",
+        "rank-*.finished",
         "rank-*.partial-*",
         _of_all_nodes(AGENT_RECORD),
         _of_all_nodes(AGENT_LOG),
@@ -131,13 +151,18 @@ def _read_all(folders: Sequence[Path], pattern: str) -> list[Any]:
     return found
 
 
-def _write_somewhere(folders: Sequence[Path], name: str, text: str) -> None:
-    """Write into the first folder whose disk takes it: the run's may be full, and that be what is to be told."""
+def _write_somewhere(folders: Sequence[Path], name: str, text: str) -> bool:
+    """Write into the first folder whose disk takes it: the run's may be full, and that be what is to be told.
+
+    Returns whether one did.
+    """
     for folder in folders:
         try:
-            return _write_whole(folder / name, text)
+            _write_whole(folder / name, text)
+            return True
         except OSError as error:
             print(f"{folder / name} cannot be written ({error.strerror})", file=sys.stderr)
+    return False
 
 
 def _of_all_nodes(name: str) -> str:

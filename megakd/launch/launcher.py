@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from megakd.launch.failures import (
     load_interruption,
     load_rank_errors,
     load_rank_exits,
+    unfinished_ranks,
 )
 from megakd.launch.meeting import MeetingStopped, meet
 from megakd.launch.node_watch import NodeWatch
@@ -40,6 +42,8 @@ from megakd.launch.processes import END_SIGNAL, adopted_orphans, signal_ranks
 _RECORDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 # Slurm's warning and a preemption: what can save does, and ends so that the same command goes on.
 _SAVING = (signal.SIGTERM, signal.SIGUSR1)
+# Slurm sends SIGTERM after its warning and waits on, and so a save goes on after a second one of these.
+_MOST_SAVING = 2
 _SAVE_AGAIN_SECONDS = 2.0
 _POLL_SECONDS = 0.2
 # What befell another node ends this one's ranks too, mostly by itself.
@@ -81,12 +85,26 @@ def run_action(
             folder / "logs",
             max_restarts,
             saves=trains,
+            hint=lambda: _resume_hint(config) if trains else "",
             nodes=nodes,
             terms={"the command": " ".join([action, *flags]), **dotted_settings(config)},
             begin=begin,
             variables=lambda met: _gpu_variables(config, met),
             teacher_ranks=teacher_ranks(config, world_size) if teacher_is_dedicated(config) else 0,
         )
+
+
+def _resume_hint(config: Config) -> str:
+    """Say what the same command does after a run that was ended without a save."""
+    from megakd.checkpoint.folders import checkpoint_steps
+    from megakd.training.run_folder import CHECKPOINTS
+
+    if not config.checkpoint.resume:
+        return "; the same command starts over (checkpoint.resume is false)"
+    steps = [*checkpoint_steps(Path(config.run.output_dir) / CHECKPOINTS)]
+    if not steps:
+        return "; there is no checkpoint, and the same command starts over"
+    return f"; the same command continues from the checkpoint of step {steps[-1]}"
 
 
 def _gpu_variables(config: Config, nodes: Nodes) -> dict[str, str]:
@@ -133,6 +151,7 @@ def launch_ranks(
     max_restarts: int = 0,
     *,
     saves: bool = False,
+    hint: Callable[[], str] = lambda: "",
     nodes: Nodes = ALONE,
     terms: Mapping[str, Any] | None = None,
     begin: Callable[[], None] = lambda: None,
@@ -143,10 +162,11 @@ def launch_ranks(
 
     The module's `main(args)` runs in each rank. The status is 0 for success, 2 where a rank raised UserError, 1 for
     any other failure, 128 + n after signal n, and 75 where the ranks ended before their time with all saved, by
-    themselves or, with `saves`, after SIGTERM or SIGUSR1: the same command goes on then. The last line on standard
-    error names the failure the others followed from. No process of the job is left when this returns, nor soon after
-    this process is killed. Other signals are forwarded to the ranks; a second one kills them. Call it from the main
-    thread. `log_dir` receives torchrun's log and one file per failed rank.
+    themselves or, with `saves`, after SIGTERM or SIGUSR1: the same command goes on then. It is 0 only where every rank
+    has said that it came to its end. The last line on standard error names the failure the others followed from, or
+    the signals, followed by `hint()`. No process of the job is left when this returns, nor soon after this process is
+    killed. Other signals are forwarded to the ranks; a second one kills them, but not where both ask to save. Call it
+    from the main thread. `log_dir` receives torchrun's log and one file per failed rank.
 
     Of several nodes each calls this, with a `log_dir` that all share; one that ends or falls silent ends the others.
     Before ranks are started, `begin` is called, on node 0 alone, and all nodes must have the same `terms`: see
@@ -171,7 +191,7 @@ def launch_ranks(
             print(f"stopped by {stop} before the ranks were started; the same command starts them", file=sys.stderr)
             number = signal.Signals[stop.name]
             return RESUME_STATUS if saves and number in _SAVING else 128 + number
-        job = _Job(log_dir, Path(scratch_dir), nproc_per_node, nodes, saves, teacher_ranks)
+        job = _Job(log_dir, Path(scratch_dir), nproc_per_node, nodes, saves, hint, teacher_ranks)
         return _run(job, command, max_restarts, received, variables(nodes))
 
 
@@ -184,6 +204,7 @@ class _Job:
     nproc_per_node: int
     nodes: Nodes
     saves: bool
+    hint: Callable[[], str]
     teacher_ranks: int
 
     @property
@@ -214,37 +235,59 @@ def _run(job: _Job, command: list[str], max_restarts: int, received: list[int], 
             env=_environment(job.nproc_per_node, job.nodes) | variables,
             start_new_session=True,
         )
-        _wait(agent, received, job.folders, job.saves, watch)
-        ended_by_itself = agent.poll() is not None
-    status = agent.wait()
-    own_reason = _own_reason(status, received, ended_by_itself)
-    if status == 0:
-        watch.leave(None)
-    else:
-        watch.leave(own_reason or "its ranks have ended", is_cause=own_reason is not None)
-    interruption = load_interruption(job.folders)
-    if status == 0 and interruption is not None:
+        try:
+            end = _wait(agent, received, job, watch)
+        finally:
+            # Here, since Popen takes the status of a process that another part of this one has reaped for 0.
+            agent.kill()
+            status = agent.wait()
+    finished = status == 0 and not unfinished_ranks(job.folders, job.nodes.ranks(job.nproc_per_node))
+    own_reason = None if finished else _own_reason(status, received, end)
+    watch.leave(None if finished else own_reason or "its ranks have ended", is_cause=own_reason is not None)
+    if finished and not watch.others_failed():
+        interruption = load_interruption(job.folders)
+        if interruption is None:
+            return 0  # a signal came when nothing was left to be done, if one did
         print(f"stopped by {_name(received) or interruption.reason} {interruption.outlook}", file=sys.stderr)
         return RESUME_STATUS
-    if status == 0 and job.saves:
-        return 0  # a signal came when nothing was left to be done
     if received:
-        print(f"stopped by {_name(received)}; all ranks have ended", file=sys.stderr)
+        print(f"{own_reason or _stopped_by(received, end)}{job.hint()}", file=sys.stderr)
         return 128 + received[0]
-    return _report_failure(job, status, own_reason, watch) if status != 0 else 0
+    return _report_failure(job, status, own_reason, watch)
+
+
+class _End(Enum):
+    """How torchrun's process came to its end."""
+
+    BY_ITSELF = "ended by itself"
+    TOLD = "ended when it was told to"
+    KILLED = "has to be killed"
 
 
 def _name(received: list[int]) -> str | None:
     return signal.Signals(received[0]).name if received else None
 
 
-def _own_reason(status: int, received: list[int], ended_by_itself: bool) -> str | None:
+def _stopped_by(received: list[int], end: _End) -> str:
+    names = ", then ".join(signal.Signals(number).name for number in received)
+    if end is _End.KILLED:
+        return f"stopped by {names}; the ranks were killed"
+    return f"stopped by {names}; all ranks have ended"
+
+
+def _own_reason(status: int, received: list[int], end: _End) -> str | None:
     """What befell this node, but for its ranks."""
-    if status != 0 and received:
-        return f"stopped by {signal.Signals(received[0]).name}"
-    if status < 0 and ended_by_itself:
+    if received:
+        return _stopped_by(received, end)
+    if status < 0 and end is _End.BY_ITSELF:
         return f"torchrun was killed by {signal.Signals(-status).name}; all ranks were ended"
     return None
+
+
+def _is_to_be_killed(received: list[int], saves: bool) -> bool:
+    """Whether the signals that came do not leave the ranks the time to end."""
+    only_to_save = saves and all(number in _SAVING for number in received)
+    return len(received) > (_MOST_SAVING if only_to_save else 1)
 
 
 def _environment(nproc_per_node: int, nodes: Nodes) -> dict[str, str]:
@@ -273,9 +316,7 @@ def _recorded_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _wait(
-    agent: subprocess.Popen[bytes], received: list[int], folders: list[Path], saves: bool, watch: NodeWatch
-) -> None:
+def _wait(agent: subprocess.Popen[bytes], received: list[int], job: _Job, watch: NodeWatch) -> _End:
     """Return when the agent has ended or should be killed; pass on the first signal."""
     deadline: float | None = None
     saving_since: float | None = None
@@ -284,21 +325,21 @@ def _wait(
     while True:
         try:
             agent.wait(_POLL_SECONDS)
-            return
+            return _End.BY_ITSELF if deadline is None else _End.TOLD
         except subprocess.TimeoutExpired:
             pass
         now = time.monotonic()
         watch.beat()
-        if len(received) > 1 or (deadline is not None and now > deadline):
-            return
+        if _is_to_be_killed(received, job.saves) or (deadline is not None and now > deadline):
+            return _End.KILLED
         if deadline is not None:
             continue
-        hangs = load_hangs(folders[0])
+        hangs = load_hangs(job.log_dir)
         if hangs and hanging_since is None:
             hanging_since = now
         if gone_since is None and watch.gone() is not None:
             gone_since = now
-        if received and saves and received[0] in _SAVING:
+        if received and job.saves and received[0] in _SAVING:
             # Again and again: a rank that is only starting does not listen yet.
             if saving_since is None or now - saving_since > _SAVE_AGAIN_SECONDS:
                 signal_ranks(agent.pid, signal.SIGUSR1)
@@ -306,7 +347,7 @@ def _wait(
         elif received:
             agent.send_signal(END_SIGNAL)
             deadline = now + _GRACE_SECONDS
-        if any(error.user_error for error in load_rank_errors(folders)):
+        if any(error.user_error for error in load_rank_errors(job.folders)):
             # Bad input stays bad: no restart can help.
             agent.send_signal(END_SIGNAL)
             deadline = now + _GRACE_SECONDS
@@ -345,7 +386,8 @@ def _report_failure(job: _Job, status: int, own_reason: str | None, watch: NodeW
     elif gone is not None:
         line = gone.line
     else:
-        line = f"torchrun ended with status {status} before any rank failed"
+        what = "all ranks had finished" if status == 0 else "any rank failed"
+        line = f"torchrun ended with status {status} before {what}"
     if failure is not None and failure.rank >= job.world_size - job.teacher_ranks:
         line = line.replace(f"rank {failure.rank}", f"rank {failure.rank} (the teacher's)", 1)
     print(f"torchrun's log: {job.log_dir / job.nodes.file(AGENT_LOG)}", file=sys.stderr)

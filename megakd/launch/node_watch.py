@@ -69,6 +69,15 @@ class NodeWatch:
             time.sleep(0.2)
         return self.gone()
 
+    def others_failed(self) -> bool:
+        """When this node has left because it finished: whether another one says that it did not.
+
+        One that is silent may have finished too: a shared file system may show its word late.
+        """
+        self.wait_for_the_others()
+        ends = [self._end(rank) for rank in self._others()]
+        return any(end is not None and end["reason"] is not None for end in ends)
+
     def _others(self) -> list[int]:
         return [rank for rank in range(self.nodes.count) if rank != self.nodes.rank]
 

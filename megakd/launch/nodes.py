@@ -37,6 +37,10 @@ class Nodes:
         """Whether the job has no other node."""
         return self.count == 1
 
+    def ranks(self, nproc_per_node: int) -> range:
+        """This node's ranks, where every node has so many."""
+        return range(self.rank * nproc_per_node, (self.rank + 1) * nproc_per_node)
+
     def torchrun_arguments(self) -> list[str]:
         """How this node's torchrun finds the others."""
         if self.is_alone:

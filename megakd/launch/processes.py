@@ -34,14 +34,25 @@ def die_with_parent(parent_pid: int, number: signal.Signals = signal.SIGKILL) ->
 
 @contextmanager
 def adopted_orphans() -> Iterator[None]:
-    """Inside, descendants whose own parent dies become children of this process; at the end all new ones are killed."""
+    """Inside, descendants whose own parent dies become children of this process; at the end all new ones are killed.
+
+    Their statuses are lost then: end a child whose status is wanted before, through its Popen. Call it from the main
+    thread.
+    """
     before = {process.pid for process in psutil.Process().children(recursive=True)}
+    # Who started this process may have ignored SIGCHLD, which is inherited: the kernel keeps no status of a child then,
+    # and Popen takes a status that it cannot have for 0.
+    was_ignored = signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN
+    if was_ignored:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
     try:
         yield
     finally:
         _kill_descendants(before)
         _prctl(_PR_SET_CHILD_SUBREAPER, 0)
+        if was_ignored:
+            signal.signal(signal.SIGCHLD, signal.SIG_IGN)
 
 
 def rank_processes(agent_pid: int) -> list[psutil.Process]:
@@ -63,7 +74,7 @@ def signal_ranks(agent_pid: int, number: signal.Signals) -> None:
 
 
 def _kill_descendants(spared: Collection[int]) -> None:
-    """Kill every descendant but the `spared` ones; again where one forked meanwhile."""
+    """Kill every descendant but the `spared` ones and reap its children; again where one forked meanwhile."""
     for _ in range(20):
         processes = [p for p in psutil.Process().children(recursive=True) if p.pid not in spared]
         if not processes:

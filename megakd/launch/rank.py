@@ -15,7 +15,7 @@ from pathlib import Path
 
 from megakd.common.errors import UserError
 from megakd.common.stop_request import listen, request_stop
-from megakd.launch.failures import RankError, load_rank_errors, rank_record, save_interruption, save_rank_error
+from megakd.launch.failures import RankError, clear_rank_records, save_end, save_rank_error
 from megakd.launch.processes import die_with_parent
 
 
@@ -30,19 +30,13 @@ def main(argv: list[str]) -> int:
     faulthandler.enable()
     _tell_sigterms_apart(options["agent_pid"])
     rank, folders = int(os.environ["RANK"]), [Path(folder) for folder in options["folders"]]
-    # A record of bad input stays: the launcher may not have read it yet, and no restart cures it.
-    if not any(error.rank == rank and error.user_error for error in load_rank_errors(folders)):
-        for folder in folders:
-            rank_record(folder, rank).unlink(missing_ok=True)
+    clear_rank_records(folders, rank)
     try:
         interrupted = importlib.import_module(argv[1]).main(argv[2:])
         # Python takes its handlers away before the process ends, and the launcher may say it again.
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-        if interrupted is not None:
-            save_interruption(folders, rank, interrupted)
-    except BaseException as error:
-        if isinstance(error, SystemExit) and not error.code:
-            return 0
+        save_end(folders, rank, interrupted)
+    except BaseException as error:  # sys.exit(0) too: the other ranks wait for what this one was about to do
         text = "".join(traceback.format_exception(error))
         record = RankError(rank, time.time(), _describe(error), isinstance(error, UserError), text)
         save_rank_error(folders, record)
@@ -74,6 +68,8 @@ def _tell_sigterms_apart(agent_pid: int) -> None:
 def _describe(error: BaseException) -> str:
     if isinstance(error, UserError):
         return str(error)
+    if isinstance(error, SystemExit):
+        return f"SystemExit: {error.code}, before its work was done"
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 

@@ -5,17 +5,21 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 
+from megakd.common.stop_request import Interruption
 from megakd.launch.failures import (
     AGENT_RECORD,
     RankError,
     RankExit,
+    clear_rank_records,
     clear_records,
     first_failure,
     load_interruption,
     load_rank_errors,
     load_rank_exits,
+    save_end,
     save_rank_error,
     save_rank_exits,
+    unfinished_ranks,
 )
 
 
@@ -77,3 +81,39 @@ def test_a_record_that_finds_no_room_goes_to_the_next_folder(tmp_path: Path) -> 
     save_rank_error([tmp_path / "none", tmp_path], rank_error(0, 1.0))
     assert load_rank_errors([tmp_path / "none", tmp_path]) == [rank_error(0, 1.0)]
     save_rank_error([tmp_path / "none"], rank_error(0, 1.0))  # and where there is none, nothing is raised
+
+
+SAVED = Interruption("SIGUSR1", "after a checkpoint; the same command goes on from it")
+
+
+def test_only_a_rank_that_says_so_has_finished(tmp_path: Path) -> None:
+    save_end([tmp_path], 2, None)
+    save_end([tmp_path], 3, SAVED)
+    assert unfinished_ranks([tmp_path / "none", tmp_path], range(1, 5)) == [1, 4]
+    assert load_interruption([tmp_path]) == SAVED
+
+
+def test_an_interruption_that_nobody_can_be_told_of_is_not_taken_for_the_end(tmp_path: Path) -> None:
+    """A folder of the record's name stands for a disk that is full; the empty record of the end still finds room."""
+    (tmp_path / "rank-0.interrupted").mkdir()
+    save_end([tmp_path], 0, SAVED)
+    assert unfinished_ranks([tmp_path], [0]) == [0]
+
+
+def test_a_rank_that_starts_again_has_not_finished(tmp_path: Path) -> None:
+    save_end([tmp_path], 0, SAVED)
+    save_end([tmp_path], 1, None)
+    save_rank_error([tmp_path], rank_error(0, 1.0))
+    clear_rank_records([tmp_path / "none", tmp_path], 0)
+    assert unfinished_ranks([tmp_path], [0, 1]) == [0]
+    assert load_interruption([tmp_path]) is None and load_rank_errors([tmp_path]) == []
+    save_rank_error([tmp_path], rank_error(1, 1.0, user_error=True))
+    clear_rank_records([tmp_path], 1)
+    assert load_rank_errors([tmp_path]) == [rank_error(1, 1.0, user_error=True)]
+    assert unfinished_ranks([tmp_path], [1]) == [1]
+
+
+def test_records_of_ranks_that_finished_are_removed_for_the_next_job(tmp_path: Path) -> None:
+    save_end([tmp_path], 0, None)
+    clear_records(tmp_path)
+    assert unfinished_ranks([tmp_path], [0]) == [0]

@@ -21,8 +21,10 @@ LAUNCH = (
 TIMEOUT_SECONDS = 120
 
 
-def start(behaviour: str, folder: Path, max_restarts: int = 0, **environment: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", LAUNCH, str(folder / "logs"), str(max_restarts)]
+def start(
+    behaviour: str, folder: Path, max_restarts: int = 0, launch: str = LAUNCH, **environment: str
+) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", launch, str(folder / "logs"), str(max_restarts)]
     inherited = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
     return subprocess.Popen(
         [*command, "tests.launch.workers_for_launch", behaviour, str(folder)],
@@ -130,10 +132,24 @@ def test_a_killed_rank_is_named_with_its_signal(tmp_path: Path) -> None:
 
 
 def test_an_exit_without_a_message_is_named_with_its_status(tmp_path: Path) -> None:
-    process = start("unequal_exit", tmp_path)
+    """Whoever starts the launcher may ignore SIGCHLD, with which the kernel keeps no statuses."""
+    ignoring = f"import signal; signal.signal(signal.SIGCHLD, signal.SIG_IGN); {LAUNCH}"
+    process = start("unequal_exit", tmp_path, launch=ignoring)
     _, errors = process.communicate(timeout=TIMEOUT_SECONDS)
     assert process.returncode == 1
     assert errors.splitlines()[-1] == "error: rank 0 ended with status 7 and no message"
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "line"),
+    [
+        ("leave_with_0", "error: rank 1 ended with status 0 before its work was done"),
+        ("say_0_and_exit", "error: rank 1: SystemExit: 0, before its work was done"),
+    ],
+)
+def test_a_rank_that_leaves_with_status_0_has_not_finished(tmp_path: Path, behaviour: str, line: str) -> None:
+    status, errors = run_to_end(behaviour, tmp_path)
+    assert (status, errors.splitlines()[-1]) == (1, line)
 
 
 def test_a_rank_that_is_only_starting_hears_torchrun(tmp_path: Path) -> None:

@@ -64,6 +64,18 @@ def unequal_exit(rank: int, folder: Path) -> None:
     wait_for_the_end(rank, folder)
 
 
+def leave_with_0(rank: int, folder: Path) -> None:
+    if rank == 1:
+        os._exit(0)
+    succeed(rank, folder)
+
+
+def say_0_and_exit(rank: int, folder: Path) -> None:
+    if rank == 1:
+        sys.exit(0)
+    wait_for_the_end(rank, folder)
+
+
 def fail_once(rank: int, folder: Path) -> None:
     if rank == 0 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         raise RuntimeError("only the first time")
@@ -100,6 +112,8 @@ BEHAVIOURS = {
         first_of_two_errors,
         killed,
         unequal_exit,
+        leave_with_0,
+        say_0_and_exit,
         fail_once,
         look_at_the_port,
         wait_for_the_end,

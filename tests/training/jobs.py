@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ import psutil
 
 from megakd.config.load import config_from_dict, dump_config
 from megakd.launch.nodes import ALONE, Nodes
-from megakd.launch.processes import rank_processes
+from megakd.launch.processes import END_SIGNAL, rank_processes
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = (
@@ -86,6 +87,14 @@ class Job:
         """Wait until it is in its place."""
         self.wait_for((self.folder / "checkpoints" / f"step-{step:08d}").is_dir)
 
+    def press_ctrl_c_twice(self) -> None:
+        """Send SIGINT, and again when the launcher has heard it; torchrun is frozen, so that the job lives by then."""
+        agent = self.agent()
+        agent.suspend()
+        self.process.send_signal(signal.SIGINT)
+        self.wait_for(lambda: _is_pending(agent, END_SIGNAL))
+        self.process.send_signal(signal.SIGINT)
+
     def end(self, seconds: float = TIMEOUT_SECONDS) -> int:
         """Wait for the job's status."""
         return self.process.wait(seconds)
@@ -97,6 +106,13 @@ class Job:
                 process.kill()
             self.process.kill()
             self.process.wait()
+
+
+def _is_pending(process: psutil.Process, number: signal.Signals) -> bool:
+    """Whether a frozen process will receive a signal when it is continued."""
+    found = re.search(r"^ShdPnd:\s*(\w+)$", Path(f"/proc/{process.pid}/status").read_text(), flags=re.MULTILINE)
+    assert found is not None
+    return bool(int(found[1], 16) >> (number - 1) & 1)
 
 
 def is_saving(log: str) -> bool:

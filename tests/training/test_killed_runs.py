@@ -37,7 +37,7 @@ def job_values(files: Path, out: Path, steps: int, **settings: Any) -> dict[str,
         "checkpoint__keep_last": 2, "schedule__lr_decay_style": "cosine", "logging__log_interval": 1000,
         "data__micro_batch_size": 8,
     }  # fmt: skip
-    return run_values(files, **layout(2), **(fixed | settings))
+    return run_values(files, **(layout(2) | fixed | settings))
 
 
 def wait_for_moment(job: Job, moment: str, rng: random.Random, life: int) -> None:
@@ -119,9 +119,15 @@ def goes_on(files: Path, whole: Path, tmp_path: Path, run_ranks: Callable[..., l
 
 
 def assert_saves_on(job: Job, number: signal.Signals, out: Path, *, at_least: int) -> None:
-    """A signal to its launcher ends a job of 40 steps, none of which it was to save, with a checkpoint of the last."""
+    """A signal to its launcher ends a job of 40 steps, none of which it was to save, with a checkpoint of the last.
+
+    SIGTERM while that is written, as Slurm sends it when the time after its warning is over, does not disturb it.
+    """
     before = {path.name for path in (out / "run" / "checkpoints").glob("step-*")}
+    begun = len(job.log)
     job.process.send_signal(number)
+    job.wait_for(lambda: is_saving(job.log[begun:]))
+    job.process.send_signal(signal.SIGTERM)
     assert job.end() == 75, job.log[-3000:]
     last = job.log.splitlines()[-1]
     assert last == f"stopped by {number.name} after a checkpoint; the same command goes on from it"
@@ -173,10 +179,24 @@ def test_ranks_do_not_outlive_torchrun_or_the_launcher(
 def test_a_signal_saves_and_asks_to_be_gone_on_with(
     files: Path, tmp_path: Path, jobs: list[Job], goes_on: Callable[[], None]
 ) -> None:
-    jobs.append(Job(job_values(files, tmp_path, 40, checkpoint__save_interval=1000), 2, max_restarts=3))
+    jobs.append(Job(job_values(files, tmp_path, 40, checkpoint__save_interval=1000), 2, max_restarts=3, worker=SLOW))
     jobs[0].wait_for_step(7)
     assert_saves_on(jobs[0], signal.SIGTERM, tmp_path, at_least=7)
     goes_on()
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_kills_a_run_that_saves_and_its_status_says_so(
+    files: Path, tmp_path: Path, jobs: list[Job]
+) -> None:
+    """tests/launch/test_stopped_status.py does it to runs that have not begun to train, which takes seconds less."""
+    jobs.append(Job(job_values(files, tmp_path, 40, **layout(1)), 1, worker=SLOW))
+    jobs[0].wait_for_checkpoint(5)
+    agent, ranks = jobs[0].agent(), jobs[0].rank_pids()
+    jobs[0].press_ctrl_c_twice()
+    assert jobs[0].end() == 130, jobs[0].log[-3000:]
+    assert jobs[0].log.splitlines()[-1] == "stopped by SIGINT, then SIGINT; the ranks were killed"
+    assert not any(psutil.pid_exists(pid) for pid in (agent.pid, *ranks))
 
 
 def test_what_ends_a_run_before_its_first_step_leaves_no_checkpoint_and_is_not_said_to(

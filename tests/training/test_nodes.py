@@ -196,6 +196,17 @@ def test_a_signal_to_every_process_of_both_nodes_saves_and_stops_them(
     assert_goes_on(start, whole, tmp_path)
 
 
+@pytest.mark.slow
+def test_a_node_that_is_killed_by_signals_ends_both_and_neither_has_finished(start: Start) -> None:
+    nodes = start()
+    nodes[0].wait_for_checkpoint(5)
+    nodes[1].press_ctrl_c_twice()
+    assert [job.end() for job in nodes] == [1, 130]
+    line = "stopped by SIGINT, then SIGINT; the ranks were killed"
+    assert last_line(nodes[1]) == line
+    assert last_line(nodes[0]) == f"error: node 1 ({socket.gethostname()}): {line}"
+
+
 def free_slurm_job() -> int:
     """The number of a job whose port is free."""
     for job in range(os.getpid() % 5000, 9000):
