@@ -160,13 +160,13 @@ def launch_ranks(
 ) -> int:
     """Run `command` = (module, arguments) on every rank under torchrun and return the status to exit with.
 
-    The module's `main(args)` runs in each rank. The status is 0 for success, 2 where a rank raised UserError, 1 for
-    any other failure, 128 + n after signal n, and 75 where the ranks ended before their time with all saved, by
-    themselves or, with `saves`, after SIGTERM or SIGUSR1: the same command goes on then. It is 0 only where every rank
-    has said that it came to its end. The last line on standard error names the failure the others followed from, or
-    the signals, followed by `hint()`. No process of the job is left when this returns, nor soon after this process is
-    killed. Other signals are forwarded to the ranks; a second one kills them, but not where both ask to save. Call it
-    from the main thread. `log_dir` receives torchrun's log and one file per failed rank.
+    The module's `main(args)` runs in each rank. The status is 0 where every rank has said that it came to its end, 2
+    where a rank raised UserError, 1 for any other failure, 128 + n where signal n ended them, and 75 where the ranks
+    ended before their time with all saved, by themselves or, with `saves`, after SIGTERM or SIGUSR1: the same command
+    goes on then. The last line on standard error names the failure the others followed from, or the signals, followed
+    by `hint()`. No process of the job is left when this returns, nor soon after this process is killed. Other signals
+    are forwarded to the ranks; a second one kills them, but not where both ask to save. Call it from the main thread.
+    `log_dir` receives torchrun's log and one file per failed rank.
 
     Of several nodes each calls this, with a `log_dir` that all share; one that ends or falls silent ends the others.
     Before ranks are started, `begin` is called, on node 0 alone, and all nodes must have the same `terms`: see
@@ -242,7 +242,7 @@ def _run(job: _Job, command: list[str], max_restarts: int, received: list[int], 
             agent.kill()
             status = agent.wait()
     finished = status == 0 and not unfinished_ranks(job.folders, job.nodes.ranks(job.nproc_per_node))
-    own_reason = None if finished else _own_reason(status, received, end)
+    own_reason = None if finished else _own_reason(status, received, end, job.saves)
     watch.leave(None if finished else own_reason or "its ranks have ended", is_cause=own_reason is not None)
     if finished and not watch.others_failed():
         interruption = load_interruption(job.folders)
@@ -250,7 +250,7 @@ def _run(job: _Job, command: list[str], max_restarts: int, received: list[int], 
             return 0  # a signal came when nothing was left to be done, if one did
         print(f"stopped by {_name(received) or interruption.reason} {interruption.outlook}", file=sys.stderr)
         return RESUME_STATUS
-    if received:
+    if received and not _ask_only_to_save(received, job.saves):
         print(f"{own_reason or _stopped_by(received, end)}{job.hint()}", file=sys.stderr)
         return 128 + received[0]
     return _report_failure(job, status, own_reason, watch)
@@ -275,19 +275,18 @@ def _stopped_by(received: list[int], end: _End) -> str:
     return f"stopped by {names}; all ranks have ended"
 
 
-def _own_reason(status: int, received: list[int], end: _End) -> str | None:
+def _own_reason(status: int, received: list[int], end: _End, saves: bool) -> str | None:
     """What befell this node, but for its ranks."""
-    if received:
+    if received and not _ask_only_to_save(received, saves):
         return _stopped_by(received, end)
     if status < 0 and end is _End.BY_ITSELF:
         return f"torchrun was killed by {signal.Signals(-status).name}; all ranks were ended"
     return None
 
 
-def _is_to_be_killed(received: list[int], saves: bool) -> bool:
-    """Whether the signals that came do not leave the ranks the time to end."""
-    only_to_save = saves and all(number in _SAVING for number in received)
-    return len(received) > (_MOST_SAVING if only_to_save else 1)
+def _ask_only_to_save(received: list[int], saves: bool) -> bool:
+    """Whether the signals that came leave a run the time to save; what else ends it then is a failure of its own."""
+    return saves and len(received) <= _MOST_SAVING and all(number in _SAVING for number in received)
 
 
 def _environment(nproc_per_node: int, nodes: Nodes) -> dict[str, str]:
@@ -330,7 +329,8 @@ def _wait(agent: subprocess.Popen[bytes], received: list[int], job: _Job, watch:
             pass
         now = time.monotonic()
         watch.beat()
-        if _is_to_be_killed(received, job.saves) or (deadline is not None and now > deadline):
+        too_many = len(received) > 1 and not _ask_only_to_save(received, job.saves)
+        if too_many or (deadline is not None and now > deadline):
             return _End.KILLED
         if deadline is not None:
             continue

@@ -280,6 +280,25 @@ def test_a_torchrun_that_ends_with_0_has_not_finished_where_no_rank_says_so(
     assert errors.splitlines()[-1] == "error: torchrun ended with status 0 before all ranks had finished"
 
 
+@pytest.mark.parametrize("user_error", [False, True])
+def test_what_fails_when_a_signal_asked_to_save_is_told(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], user_error: bool
+) -> None:
+    """A save, mostly: that a signal came before is not why the run did not finish."""
+    fails = (
+        "import json, os, pathlib, signal, sys\n"
+        "from megakd.launch.failures import RankError, save_rank_error\n"
+        "os.kill(os.getppid(), signal.SIGTERM)\n"
+        "folder = pathlib.Path(json.loads(sys.argv[1])['log_dir'])\n"
+        f"save_rank_error([folder], RankError(0, 1.0, 'no room for a checkpoint', {user_error}, 'traceback'))\n"
+        "sys.exit(1)"
+    )
+    instead_of_torchrun(monkeypatch, fails)
+    assert main(["train", str(config)]) == (2 if user_error else 1)
+    line = "error: no room for a checkpoint" if user_error else "error: rank 0: no room for a checkpoint"
+    assert capfd.readouterr().err.splitlines()[-1] == line
+
+
 def instead_of_torchrun(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
     """Have the launcher start this code, which has the agent's arguments."""
     popen = subprocess.Popen
