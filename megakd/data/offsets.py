@@ -23,11 +23,15 @@ class Tokens(NamedTuple):
 
 
 class Turn(NamedTuple):
-    """The characters [start, end) that the assistant writes in one turn; `last` in the example's last such turn."""
+    """The characters [start, end) that the assistant writes in one turn; `last` in the example's last such turn.
+
+    `weight` multiplies its tokens' loss: 1 where nothing is said, 0 where it is not to be learned.
+    """
 
     start: int
     end: int
     last: bool
+    weight: float = 1.0
 
 
 def require_offsets(tokenizer: Tokenizer) -> HuggingFaceTokenizer:

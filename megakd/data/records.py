@@ -30,8 +30,9 @@ class Problem:
         return f"{self.reason}: {self.detail}" if self.detail else self.reason
 
 
-# What a token of an example is: nothing to be learned, of an assistant's turn before the last, or of the last one.
-CONTEXT, EARLIER, RESPONSE = 0, 1, 2
+# What a token of an example is: nothing to be learned, of an assistant's turn before the last, of the last one, or of a
+# turn that is flagged not to be learned, whatever data.loss_on says.
+CONTEXT, EARLIER, RESPONSE, SKIPPED = 0, 1, 2, 3
 
 NO_END = "response without an end-of-turn token"
 EMPTY_TURN = "empty response before the last"
@@ -48,14 +49,16 @@ NOT_UTF8 = Problem("not UTF-8 text")
 
 
 class Encoded(NamedTuple):
-    """A document: token ids [n], any integer type, n > 0, and for examples a mask [n] of CONTEXT, EARLIER and RESPONSE.
+    """A document: token ids [n], any integer type, n > 0, and for examples a mask [n] of CONTEXT, EARLIER, RESPONSE and
+    SKIPPED.
 
-    `notes` are short phrases such as NO_END: what the summary counts documents by, though nothing is wrong with them.
+    `weights` are [n], finite and not negative, what each token's loss is multiplied by; None where all are 1. `notes` are short phrases such as NO_END: what the summary counts documents by, though nothing is wrong with them.
     """
 
     ids: NDArray[np.integer[Any]]
     mask: NDArray[np.uint8] | None = None
     notes: tuple[str, ...] = ()
+    weights: NDArray[np.float32] | None = None
 
 
 class RecordEncoder(Protocol):
