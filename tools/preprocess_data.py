@@ -99,6 +99,14 @@ def _add_examples(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--chat-template", metavar="FILE", help="a jinja file in place of the tokenizer's own chat template"
     )
+    group.add_argument(
+        "--template-argument",
+        action="append",
+        metavar="NAME=VALUE",
+        help="a variable of the chat template, such as enable_thinking=false; may be repeated, and a record's own "
+        "chat_template_kwargs come first",
+    )
+    group.add_argument("--tools", metavar="FILE", help="a JSON file with the tools of conversations that name none")
 
 
 def record_options(options: argparse.Namespace) -> RecordOptions:

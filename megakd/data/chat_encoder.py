@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
-from megakd.data.chat_template import Message, RecordError, load_templates
+from megakd.data.assistant_spans import NOT_FOUND, Span, find_assistant_spans
+from megakd.data.chat_flags import message_weights
+from megakd.data.chat_marks import ASSISTANT
+from megakd.data.chat_template import REASONING, Conversation, Message, RecordError, load_templates
 from megakd.data.offsets import OffsetTokenizer, Turn, require_offsets, turn_mask
 from megakd.data.records import (
     EMPTY_TURN,
@@ -19,14 +22,16 @@ from megakd.data.records import (
     NO_END,
     RESPONSE,
     SPECIAL_TEXT,
+    UNREAD_VARIABLE,
     Encoded,
     Problem,
     Record,
     text_problem,
 )
+from megakd.data.template_arguments import arguments_of, check_arguments, tools_of
 from megakd.data.tokenizer import HuggingFaceTokenizer, Tokenizer
-from megakd.data.turns import ASSISTANT, REASONING, find_turns
 
+ARGUMENTS_KEY = "chat_template_kwargs"
 NO_MESSAGES = "not a list of messages"
 NO_ASSISTANT = Problem("no assistant message", "there is nothing to learn from")
 EMPTY_RESPONSE = Problem("empty response")
@@ -34,19 +39,44 @@ Example = tuple[str, list[Turn], tuple[str, ...]]
 
 
 @dataclass(frozen=True)
-class ChatSettings:
-    """An example per conversation: a list of messages under `messages_key`, and perhaps tools under `tools_key`.
+class TemplateSettings:
+    """How conversations are rendered, besides what their records say.
 
-    `template` is the text of a chat template in place of the tokenizer's own.
+    `text` is a chat template in place of the tokenizer's own; `arguments` are variables of it, and `tools` those of
+    records that name none.
     """
+
+    text: str | None = None
+    arguments: dict[str, Any] = field(default_factory=dict)
+    tools: list[Any] | None = None
+
+    def metadata(self) -> dict[str, Any]:
+        """What `<prefix>.json` says of it."""
+        given = {"template_arguments": self.arguments, "tools": self.tools}
+        return {"chat_template": template_name(self.text), **{key: value for key, value in given.items() if value}}
+
+
+class Chat(NamedTuple):
+    """A record's conversation: messages, what each weighs, its tools and template variables, and what is counted."""
+
+    messages: list[Message]
+    weights: list[float]
+    tools: list[Any] | None = None
+    arguments: Mapping[str, Any] = {}
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ChatSettings:
+    """An example per conversation: a list of messages under `messages_key`, and perhaps tools under `tools_key`."""
 
     messages_key: str = "messages"
     tools_key: str = "tools"
-    template: str | None = None
+    template: TemplateSettings = TemplateSettings()
 
     @property
     def fields(self) -> tuple[str, ...]:
-        return (self.messages_key, self.tools_key)
+        return (self.messages_key, self.tools_key, ARGUMENTS_KEY)
 
     @property
     def masks(self) -> bool:
@@ -60,7 +90,7 @@ class ChatSettings:
             "appended_eod": False,
             "prepended_bos": False,
             "records": "messages",
-            "chat_template": template_name(self.template),
+            **self.template.metadata(),
         }
 
 
@@ -72,52 +102,75 @@ class ChatEncoder:
         self._conversations = conversations
 
     def encode(self, records: Sequence[Record]) -> list[Encoded | Problem]:
-        return self._conversations.encode([self._messages(record) for record in records])
+        return self._conversations.encode([self._chat(record) for record in records])
 
-    def _messages(self, record: Record) -> tuple[list[Message], list[Any] | None] | Problem:
+    def _chat(self, record: Record) -> Chat | Problem:
         key, tools_key = self._settings.messages_key, self._settings.tools_key
         if key not in record:
             return Problem(MISSING_KEY, f"there is no '{key}'")
-        messages, tools = record[key], record.get(tools_key)
+        messages = record[key]
         problem = messages_problem(messages, key)
-        if problem is None and tools is not None and not isinstance(tools, list):
-            problem = Problem("tools are no list", f"'{tools_key}' is a {type(tools).__name__}")
-        return problem or (messages, tools)
+        if problem is not None:
+            return problem
+        try:
+            tools = tools_of(record.get(tools_key), tools_key)
+            arguments = arguments_of(record.get(ARGUMENTS_KEY))
+            weights = message_weights(messages, key, record, self._settings.fields)
+        except RecordError as error:
+            return error.problem
+        return Chat(messages, weights.messages, tools, arguments, weights.notes)
 
 
 class Conversations:
     """Encodes conversations that have been checked; what chats and instructions through a template share."""
 
-    def __init__(self, tokenizer: HuggingFaceTokenizer, template: str | None) -> None:
-        self._templates = load_templates(tokenizer, template)
+    def __init__(self, tokenizer: HuggingFaceTokenizer, settings: TemplateSettings) -> None:
+        self._templates = load_templates(tokenizer, settings.text)
+        self._settings = settings
         self._tokenizer = OffsetTokenizer(tokenizer)
+        check_arguments(self._templates, settings.arguments)
 
-    def encode(
-        self, conversations: Sequence[tuple[list[Message], list[Any] | None] | Problem]
-    ) -> list[Encoded | Problem]:
+    def encode(self, chats: Sequence[Chat | Problem]) -> list[Encoded | Problem]:
         """One result per conversation, in order; problems are passed on."""
-        examples = [one if isinstance(one, Problem) else self._example(*one) for one in conversations]
+        examples = [one if isinstance(one, Problem) else self._example(one) for one in chats]
         return encode_examples(self._tokenizer, examples)
 
-    def _example(self, messages: list[Message], tools: list[Any] | None) -> Example | Problem:
-        last = next((message for message in reversed(messages) if message["role"] == ASSISTANT), None)
-        if last is None:
+    def _example(self, chat: Chat) -> Example | Problem:
+        messages = chat.messages
+        own = [number for number, message in enumerate(messages) if message["role"] == ASSISTANT]
+        if not own:
             return NO_ASSISTANT
-        if _is_empty(last):
+        if _is_empty(messages[own[-1]]):
             return EMPTY_RESPONSE
+        tools = self._settings.tools if chat.tools is None else chat.tools
         # transformers takes an empty list for tools that are there.
         template = self._templates[tools is not None]
         if any(isinstance(message.get("content"), list) for message in messages) and not template.takes_parts:
             messages = [_joined(message) for message in messages]
+        arguments = {**self._settings.arguments, **chat.arguments}
         try:
-            text, turns = find_turns(template, messages, tools)
+            text, spans = find_assistant_spans(Conversation(template, messages, tools, arguments))
+            turns = [_turn(span, chat.weights, own) for span in spans]
         except RecordError as error:
             return error.problem
         contents = [part for message in messages for part in _written(message)]
-        notes = example_notes(template.special_tokens, text, turns, contents)
-        if any(message["role"] == ASSISTANT and _is_empty(message) for message in messages):
-            notes = (*notes, EMPTY_TURN)
-        return text, turns, notes
+        notes = [*chat.notes, *example_notes(template.special_tokens, text, turns, contents)]
+        if any(_is_empty(messages[number]) for number in own):
+            notes.append(EMPTY_TURN)
+        if not set(chat.arguments) <= template.variables:
+            notes.append(UNREAD_VARIABLE)
+        return text, turns, tuple(notes)
+
+
+def _turn(span: Span, weights: Sequence[float], own: Sequence[int]) -> Turn:
+    if span.message is not None:
+        return Turn(span.start, span.end, span.message == own[-1], weights[span.message])
+    if len({weights[number] for number in own}) > 1:
+        raise RecordError(
+            NOT_FOUND,
+            "a generation block of the chat template holds no message's text, and the messages weigh differently",
+        )
+    return Turn(span.start, span.end, False, weights[own[0]])
 
 
 def encode_examples(tokenizer: OffsetTokenizer, examples: Sequence[Example | Problem]) -> list[Encoded | Problem]:

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megakd.common.errors import UserError
 from megakd.data.records import Problem
 from megakd.data.tokenizer import HuggingFaceTokenizer
 
+if TYPE_CHECKING:
+    from jinja2 import nodes
+
 Message = dict[str, Any]
+# The names under which templates read what a model thought before it answered.
+REASONING = ("reasoning_content", "thinking", "reasoning")
 
 # transformers keeps one compiled template per text, and tracks generation blocks in it.
 _RENDERING = threading.Lock()
@@ -35,30 +41,47 @@ class ChatTemplate:
         self.text = text
         self._tokenizer = tokenizer.transformers_tokenizer
         self.special_tokens = special_tokens(tokenizer)
+        self.bos_token: str = self._tokenizer.bos_token or ""
+        self.eos_token: str = self._tokenizer.eos_token or ""
         check_syntax(text)
 
-    def render(self, messages: Sequence[Message], tools: Sequence[Any] | None, *, prompt: bool = False) -> str:
+    def render(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Any] | None,
+        *,
+        prompt: bool = False,
+        arguments: Mapping[str, Any] | None = None,
+    ) -> str:
         """The conversation's text, with the header of the assistant's next turn where `prompt` is set.
 
-        Raises RecordError with the template's own message where it refuses the conversation.
+        `arguments` are further variables of the template. Raises RecordError with the template's own message where it
+        refuses the conversation.
         """
         with _RENDERING:
             try:
                 text: str = self._tokenizer.apply_chat_template(
-                    list(messages), tools=tools, chat_template=self.text, add_generation_prompt=prompt, tokenize=False
+                    [_with_reasoning(message) for message in messages],
+                    tools=tools,
+                    chat_template=self.text,
+                    add_generation_prompt=prompt,
+                    tokenize=False,
+                    **(arguments or {}),
                 )
             except Exception as error:  # a template may do whatever an expression can do
                 raise _refusal(error) from error
         return text
 
     def render_blocks(
-        self, messages: Sequence[Message], tools: Sequence[Any] | None
+        self, messages: Sequence[Message], tools: Sequence[Any] | None, arguments: Mapping[str, Any] | None = None
     ) -> tuple[str, list[tuple[int, int]]]:
         """The conversation's text and the [start, end) characters of each {% generation %} block, in order."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         # As apply_chat_template does before it renders.
-        present = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        present = [
+            {key: value for key, value in _with_reasoning(message).items() if value is not None} for message in messages
+        ]
         with _RENDERING:
             try:
                 texts, blocks = render_jinja_template(
@@ -66,11 +89,18 @@ class ChatTemplate:
                     tools=tools,
                     chat_template=self.text,
                     return_assistant_tokens_mask=True,
-                    **self._tokenizer.special_tokens_map,
+                    **{**self._tokenizer.special_tokens_map, **(arguments or {})},
                 )
             except Exception as error:  # as above
                 raise _refusal(error) from error
         return texts[0], [(int(start), int(end)) for start, end in blocks[0]]
+
+    @cached_property
+    def variables(self) -> frozenset[str]:
+        """Names that the template reads and does not set itself."""
+        from jinja2 import meta
+
+        return frozenset(meta.find_undeclared_variables(parse(self.text)))
 
     @cached_property
     def has_blocks(self) -> bool:
@@ -102,6 +132,29 @@ class ChatTemplate:
         return _PROBE not in plain or plain == text
 
 
+@dataclass(frozen=True)
+class Conversation:
+    """What a template is rendered with: messages, tools, and the variables that the template reads beside them."""
+
+    template: ChatTemplate
+    messages: Sequence[Message]
+    tools: Sequence[Any] | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    def render(self) -> str:
+        """The conversation's text. Raises RecordError where the template refuses it."""
+        return self.template.render(self.messages, self.tools, arguments=self.arguments)
+
+    def try_render(self, messages: Sequence[Message], *, prompt: bool = False, tools: bool = True) -> str | None:
+        """The text of other messages, or None where the template refuses them."""
+        try:
+            return self.template.render(
+                messages, self.tools if tools else None, prompt=prompt, arguments=self.arguments
+            )
+        except RecordError:
+            return None
+
+
 def load_templates(tokenizer: HuggingFaceTokenizer, text: str | None) -> tuple[ChatTemplate, ChatTemplate]:
     """The template for conversations without and with tools: `text`, or where it is None the tokenizer's own.
 
@@ -131,8 +184,8 @@ def special_tokens(tokenizer: HuggingFaceTokenizer) -> tuple[str, ...]:
     return tuple(sorted(texts - {""}, key=lambda text: (-len(text), text)))
 
 
-def check_syntax(text: str) -> None:
-    """Raise UserError where a template is no jinja, or where transformers would find its blocks at wrong places."""
+def parse(text: str) -> nodes.Template:
+    """The template's syntax tree; raises UserError where it is no jinja."""
     import jinja2
     import jinja2.ext
     from jinja2 import nodes
@@ -150,11 +203,18 @@ def check_syntax(text: str) -> None:
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
     )
     try:
-        tree = environment.parse(text)
+        return environment.parse(text)
     except jinja2.TemplateSyntaxError as error:
         raise UserError(
             f"the chat template has an error in line {error.lineno}: {error.message}. Correct it."
         ) from error
+
+
+def check_syntax(text: str) -> None:
+    """Raise UserError where a template is no jinja, or where transformers would find its blocks at wrong places."""
+    from jinja2 import nodes
+
+    tree = parse(text)
     for outer in tree.find_all((nodes.Macro, nodes.CallBlock, nodes.FilterBlock, nodes.AssignBlock)):
         for inner in outer.find_all(nodes.CallBlock):
             if isinstance(inner.call.node, nodes.ExtensionAttribute):
@@ -163,6 +223,12 @@ def check_syntax(text: str) -> None:
                     f"the chat template has {{% generation %}} in line {inner.lineno} inside a macro, call, filter or "
                     "set block, where transformers cannot say what text it covers. Move it out, or leave the tag out."
                 )
+
+
+def _with_reasoning(message: Message) -> Message:
+    """The message with its thoughts under each name that templates read, as newer releases of transformers do it."""
+    thoughts = next((message[key] for key in REASONING if message.get(key) is not None), None)
+    return message if thoughts is None else {"thinking": thoughts, **message, "reasoning_content": thoughts}
 
 
 def _refusal(error: Exception) -> RecordError:

@@ -12,13 +12,15 @@ import numpy as np
 from megakd.common.errors import UserError
 from megakd.data.chat_encoder import (
     EMPTY_RESPONSE,
+    Chat,
     Conversations,
     Example,
+    TemplateSettings,
     encode_examples,
     example_notes,
-    template_name,
 )
-from megakd.data.chat_template import Message, special_tokens
+from megakd.data.chat_flags import counted, example_weight, message_weights
+from megakd.data.chat_template import Message, RecordError, special_tokens
 from megakd.data.offsets import OffsetTokenizer, Turn, require_offsets
 from megakd.data.records import (
     CONTEXT,
@@ -42,8 +44,8 @@ class InstructionSettings:
     """An example per record: `prompt_template` with the prompt in it, the response behind it, and eos.
 
     The template holds "{prompt}" and perhaps "{system}", which is empty for a record without a system text. With
-    `apply_chat_template` the record is instead a chat of a system, a user and an assistant message, rendered by
-    `chat_template` (a template's text; None is the tokenizer's own), and no eos is appended: the template ends turns.
+    `apply_chat_template` the record is instead a chat of a system, a user and an assistant message, rendered as
+    `template` says, and no eos is appended: the template ends turns.
     """
 
     prompt_key: str = "prompt"
@@ -53,7 +55,7 @@ class InstructionSettings:
     append_eos: bool = True
     prepend_bos: bool = False
     apply_chat_template: bool = False
-    chat_template: str | None = None
+    template: TemplateSettings = TemplateSettings()
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -67,16 +69,15 @@ class InstructionSettings:
     def build(self, tokenizer: Tokenizer) -> RecordEncoder:
         found = require_offsets(tokenizer)
         if self.apply_chat_template:
-            return _ThroughChat(self, Conversations(found, self.chat_template))
+            return _ThroughChat(self, Conversations(found, self.template))
         return _Plain(self, found)
 
     def metadata(self) -> dict[str, Any]:
-        through = {"chat_template": template_name(self.chat_template)}
         return {
             "appended_eod": self.append_eos and not self.apply_chat_template,
             "prepended_bos": self.prepend_bos,
             "records": "prompt",
-            **(through if self.apply_chat_template else {"prompt_template": self.prompt_template}),
+            **(self.template.metadata() if self.apply_chat_template else {"prompt_template": self.prompt_template}),
         }
 
 
@@ -101,15 +102,21 @@ class _Plain:
         texts = _texts(record, self._settings)
         if isinstance(texts, Problem):
             return texts
+        notes: dict[str, None] = {}
+        try:
+            weight = example_weight(record, self._settings.fields, notes)
+        except RecordError as error:
+            return error.problem
         prompt, response, system = texts
         values = {PROMPT: prompt, SYSTEM: system or ""}
         before = re.sub(r"\{prompt\}|\{system\}", lambda found: values[found.group()], self._settings.prompt_template)
         text = before + response
-        turns = [Turn(len(before), len(text), True)]
-        notes = example_notes(self._special_tokens, text, turns, (prompt, response, system or ""))
+        turns = [Turn(len(before), len(text), True, weight)]
+        notes.update(dict.fromkeys(counted(weight)))
+        notes.update(dict.fromkeys(example_notes(self._special_tokens, text, turns, (prompt, response, system or ""))))
         if self._settings.append_eos:
-            notes = tuple(note for note in notes if note != NO_END)
-        return text, turns, notes
+            notes.pop(NO_END, None)
+        return text, turns, tuple(notes)
 
     def _framed(self, example: Encoded) -> Encoded:
         assert example.mask is not None
@@ -132,17 +139,21 @@ class _ThroughChat:
         self._conversations = conversations
 
     def encode(self, records: Sequence[Record]) -> list[Encoded | Problem]:
-        return self._conversations.encode([self._messages(record) for record in records])
+        return self._conversations.encode([self._chat(record) for record in records])
 
-    def _messages(self, record: Record) -> tuple[list[Message], None] | Problem:
+    def _chat(self, record: Record) -> Chat | Problem:
         texts = _texts(record, self._settings)
         if isinstance(texts, Problem):
             return texts
-        prompt, response, system = texts
-        return list(_chat(prompt, response, system)), None
+        messages = list(_messages(*texts))
+        try:
+            weights = message_weights(messages, "", record, self._settings.fields)
+        except RecordError as error:
+            return error.problem
+        return Chat(messages, weights.messages, notes=weights.notes)
 
 
-def _chat(prompt: str, response: str, system: str | None) -> Iterator[Message]:
+def _messages(prompt: str, response: str, system: str | None) -> Iterator[Message]:
     if system:
         yield {"role": "system", "content": system}
     yield {"role": "user", "content": prompt}

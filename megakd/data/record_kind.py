@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Literal
 
 from megakd.common.errors import UserError
-from megakd.data.chat_encoder import ChatSettings
+from megakd.data.chat_encoder import ChatSettings, TemplateSettings
 from megakd.data.instruction_encoder import PROMPT, InstructionSettings
 from megakd.data.progress import note
 from megakd.data.records import EncoderSettings, Record
 from megakd.data.sources import Format, Position, file_sources
+from megakd.data.template_arguments import parse_arguments, read_tools
 from megakd.data.text_encoder import TextSettings
 
 Kind = Literal["text", "messages", "prompt"]
@@ -35,6 +36,8 @@ class RecordOptions:
     prompt_template: str | None = None
     apply_chat_template: bool | None = None
     chat_template: str | None = None
+    template_argument: list[str] | None = None
+    tools: str | None = None
     append_eod: bool | None = None
     prepend_bos: bool | None = None
 
@@ -50,6 +53,8 @@ USES: dict[str, set[str]] = {
     "prompt_template": {"prompt"},
     "apply_chat_template": {"chat"},
     "chat_template": {"messages", "chat"},
+    "template_argument": {"messages", "chat"},
+    "tools": {"messages", "chat"},
     "append_eod": {"text", "prompt"},
     "prepend_bos": {"text", "prompt"},
 }
@@ -74,7 +79,11 @@ def record_settings(options: RecordOptions, inputs: Sequence[str], format: Forma
     append, prepend = options.append_eod is not False, bool(options.prepend_bos)
     if kind == "text":
         return TextSettings(options.text_key or "text", append_eod=append, prepend_bos=prepend)
-    template = None if options.chat_template is None else _read(options.chat_template)
+    template = TemplateSettings(
+        None if options.chat_template is None else _read(options.chat_template),
+        parse_arguments(options.template_argument or ()),
+        None if options.tools is None else read_tools(options.tools),
+    )
     if kind == "messages":
         return ChatSettings(options.messages_key or "messages", options.tools_key or "tools", template)
     return InstructionSettings(
@@ -85,7 +94,7 @@ def record_settings(options: RecordOptions, inputs: Sequence[str], format: Forma
         append_eos=append,
         prepend_bos=prepend,
         apply_chat_template=use == "chat",
-        chat_template=template,
+        template=template,
     )
 
 
@@ -128,7 +137,10 @@ def _no_use(name: str, use: str) -> UserError:
     remedies = {
         "append_eod": "The chat template ends turns; leave it out.",
         "prepend_bos": "The chat template writes bos; leave it out.",
-        "chat_template": "Add --apply-chat-template." if use == "prompt" else "Leave it out.",
+        **dict.fromkeys(
+            ("chat_template", "template_argument", "tools"),
+            "Add --apply-chat-template." if use == "prompt" else "Leave it out.",
+        ),
     }
     option = "--append-eod" if name == "append_eod" else f"--{name.replace('_', '-')}"
     return UserError(f"{option} has no use for {what}. {remedies.get(name, 'Leave it out, or give --record.')}")

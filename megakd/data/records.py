@@ -37,7 +37,11 @@ CONTEXT, EARLIER, RESPONSE, SKIPPED = 0, 1, 2, 3
 NO_END = "response without an end-of-turn token"
 EMPTY_TURN = "empty response before the last"
 LEFT_OUT = "text that the chat template leaves out"
+UNREAD_VARIABLE = "template variable that the chat template does not read"
 SPECIAL_TEXT = "special token's text in the content"
+
+UNKNOWN_FLAG = "key that looks like a flag and is not understood: "
+_FLAG_WORDS = ("loss", "train", "mask", "weight")
 
 # What a source yields: the line (of a JSONL or CSV file) or row (of a parquet file) counted from 1, and what is there.
 Item = tuple[int, Record | Problem]
@@ -52,7 +56,8 @@ class Encoded(NamedTuple):
     """A document: token ids [n], any integer type, n > 0, and for examples a mask [n] of CONTEXT, EARLIER, RESPONSE and
     SKIPPED.
 
-    `weights` are [n], finite and not negative, what each token's loss is multiplied by; None where all are 1. `notes` are short phrases such as NO_END: what the summary counts documents by, though nothing is wrong with them.
+    `weights` are [n], finite and not negative, what each token's loss is multiplied by; None where all are 1.
+    `notes` are short phrases such as NO_END: what the summary counts documents by, though nothing is wrong with them.
     """
 
     ids: NDArray[np.integer[Any]]
@@ -90,6 +95,16 @@ class EncoderSettings(Protocol):
     def metadata(self) -> dict[str, Any]:
         """What `<prefix>.json` says of the settings, for example {"appended_eod": True, "prepended_bos": False}."""
         ...
+
+
+def looks_like_flag(key: str) -> bool:
+    """Whether a record's or a message's key may say what is learned of it."""
+    return any(word in key.lower() for word in _FLAG_WORDS)
+
+
+def unknown_flag(key: str) -> str:
+    """The note of a key that looks like a flag, and that nothing reads."""
+    return f"{UNKNOWN_FLAG}{key[:60]!r}"
 
 
 def text_problem(text: object, name: str) -> Problem | None:

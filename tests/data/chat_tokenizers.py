@@ -20,14 +20,20 @@ def template(name: str) -> str:
     return (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
 
 
-def byte_level(folder: Path, merges: tuple[tuple[str, str], ...] = (), *, strip: bool = False) -> Path:
+def byte_level(
+    folder: Path,
+    merges: tuple[tuple[str, str], ...] = (),
+    *,
+    strip: bool = False,
+    special: tuple[str, ...] = SPECIAL,
+) -> Path:
     """A token per byte, and one per merge; offsets are trimmed as GPT-2 and Llama 3 do; `strip`: as Phi-3's tokens."""
     pieces = [*bytes_to_unicode().values(), *(a + b for a, b in merges)]
     rust = RustTokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=list(merges)))
     rust.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     rust.post_processor = processors.ByteLevel(trim_offsets=True)
     rust.decoder = decoders.ByteLevel()
-    return _save(rust, folder, strip)
+    return _save(rust, folder, strip, special)
 
 
 def metaspace(folder: Path, words: tuple[str, ...], *, as_normalizer: bool = False) -> Path:
@@ -47,7 +53,7 @@ def metaspace(folder: Path, words: tuple[str, ...], *, as_normalizer: bool = Fal
     return _save(rust, folder, False)
 
 
-def _save(rust: RustTokenizer, folder: Path, strip: bool) -> Path:
-    rust.add_special_tokens([AddedToken(text, special=True, rstrip=strip, normalized=False) for text in SPECIAL])
+def _save(rust: RustTokenizer, folder: Path, strip: bool, special: tuple[str, ...] = SPECIAL) -> Path:
+    rust.add_special_tokens([AddedToken(text, special=True, rstrip=strip, normalized=False) for text in special])
     PreTrainedTokenizerFast(tokenizer_object=rust, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
     return folder

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from megakd.common.errors import UserError
-from megakd.data.chat_encoder import ChatSettings
+from megakd.data.chat_encoder import ChatSettings, TemplateSettings
 from megakd.data.records import EMPTY_TURN, LEFT_OUT, NO_END, SPECIAL_TEXT, Encoded, Problem
 from megakd.data.tokenizer import load_tokenizer
 from tests.data.chat_tokenizers import SPECIAL, TEMPLATES, byte_level, metaspace, template
@@ -48,7 +48,7 @@ def calls(name: str, **arguments: Any) -> list[dict[str, Any]]:
 
 
 def encode(folder: Path, messages: object, text: str | None, tools: object = None) -> Encoded | Problem:
-    chat = pickle.loads(pickle.dumps(ChatSettings(template=text)))
+    chat = pickle.loads(pickle.dumps(ChatSettings(template=TemplateSettings(text))))
     record = {"messages": messages} if tools is None else {"messages": messages, "tools": tools}
     [result] = chat.build(load_tokenizer(folder)).encode([record])
     return result
@@ -439,7 +439,7 @@ def test_problems(letters: Path, messages: object, expected: str) -> None:
 
 
 def test_each_record_has_its_result_in_its_place(letters: Path) -> None:
-    encoder = ChatSettings(template=template("chatml")).build(load_tokenizer(letters))
+    encoder = ChatSettings(template=TemplateSettings(template("chatml"))).build(load_tokenizer(letters))
     other = [user("r"), assistant("bb")]
     results = encoder.encode([{"messages": SOME}, {"tools": []}, {"messages": other, "tools": 7}, {"messages": other}])
     assert segments(letters, results[0])[1] == (f"a{END}", 2) and segments(letters, results[3])[1] == (f"bb{END}", 2)
@@ -495,7 +495,7 @@ def test_every_template_is_tried() -> None:
 def test_any_conversation(name: str, letters: Path, merging: Path) -> None:
     text = template(name)
     parts = [(load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)) for folder in (letters, merging)]
-    encoders = [(ChatSettings(template=text).build(tokenizer), own) for tokenizer, own in parts]
+    encoders = [(ChatSettings(template=TemplateSettings(text)).build(tokenizer), own) for tokenizer, own in parts]
 
     @settings(max_examples=60)
     @given(start=st.none() | TEXT, turns=CHATS)

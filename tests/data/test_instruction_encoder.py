@@ -10,6 +10,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from megakd.common.errors import UserError
+from megakd.data.chat_encoder import TemplateSettings
 from megakd.data.instruction_encoder import InstructionSettings
 from megakd.data.records import NO_END, SPECIAL_TEXT, Encoded, Problem
 from megakd.data.tokenizer import load_tokenizer
@@ -76,7 +77,7 @@ def test_bos_is_the_option_s_and_not_the_tokenizer_s(tmp_path: Path) -> None:
 
 
 def test_through_a_chat_template(folder: Path) -> None:
-    options = {"apply_chat_template": True, "chat_template": template("chatml")}
+    options = {"apply_chat_template": True, "template": TemplateSettings(template("chatml"))}
     example = encode(folder, {"prompt": "q", "response": "one", "system": "S"}, **options)
     messages = [
         {"role": "system", "content": "S"},
@@ -103,7 +104,7 @@ def test_through_a_chat_template(folder: Path) -> None:
 )
 @pytest.mark.parametrize("chat", [False, True])
 def test_problems(folder: Path, record: dict[str, Any], expected: str, chat: bool) -> None:
-    options = {"apply_chat_template": True, "chat_template": template("chatml")} if chat else {}
+    options = {"apply_chat_template": True, "template": TemplateSettings(template("chatml"))} if chat else {}
     assert str(encode(folder, record, **options)) == expected
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megakd.common.errors import UserError
-from megakd.data.chat_encoder import ChatSettings
+from megakd.data.chat_encoder import ChatSettings, TemplateSettings
 from megakd.data.instruction_encoder import InstructionSettings
 from megakd.data.record_kind import RecordOptions, record_settings
 from megakd.data.records import EncoderSettings
@@ -53,7 +53,7 @@ def test_the_first_record_decides(tmp_path: Path, record: object, options: Any, 
 def test_a_template_is_read(tmp_path: Path) -> None:
     (tmp_path / "chat.jinja").write_text("größer")
     found = settings_of(tmp_path, {"messages": []}, chat_template=str(tmp_path / "chat.jinja"))
-    assert found == ChatSettings(template="größer")
+    assert found == ChatSettings(template=TemplateSettings("größer"))
     with pytest.raises(UserError, match="--chat-template /nowhere: cannot be read"):
         settings_of(tmp_path, {"messages": []}, chat_template="/nowhere")
 

@@ -1,0 +1,130 @@
+"""Flags in the data: which of the assistant's messages are learned, and how much each weighs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from megakd.data.chat_marks import ASSISTANT
+from megakd.data.chat_template import Message, RecordError
+from megakd.data.records import looks_like_flag, unknown_flag
+
+SKIPPED_TURN = "turn flagged not to be learned"
+WEIGHTED_TURN = "turn with a weight of its own"
+FLAGGED_CONTEXT = "flag to learn a message that the assistant did not write, which is not done"
+WRONG_FLAG = "flag that is not understood"
+
+# On or off, as axolotl, OpenAI's and TRL's formats, ms-swift and others write it.
+_SWITCHES = ("train", "trainable", "loss", "loss_mask")
+_WEIGHT = "weight"
+_WORDS = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}
+
+
+class Weights(NamedTuple):
+    """What each message's tokens weigh, 1 where nothing is said, and what the summary counts of it."""
+
+    messages: list[float]
+    notes: tuple[str, ...]
+
+
+def message_weights(messages: Sequence[Message], name: str, record: Mapping[str, Any], known: Sequence[str]) -> Weights:
+    """Read the flags of a record's messages, and the record's own, which holds for all of them.
+
+    Args:
+        name: the key of the messages, for errors.
+        known: the record's keys that are no flags.
+
+    Raises:
+        RecordError: a value that no rule understands, or a weight that is negative or not finite.
+    """
+    notes: dict[str, None] = {}
+    whole = example_weight(record, known, notes)
+    weights = []
+    for number, message in enumerate(messages):
+        own, said = _weight(message, f"{name}[{number}]"), message["role"] == ASSISTANT
+        notes.update(dict.fromkeys(_unknown(message, ())))
+        if said:
+            notes.update(dict.fromkeys(counted(own * whole)))
+        elif any(_is_on(message.get(key)) for key in _SWITCHES):
+            notes[FLAGGED_CONTEXT] = None
+        weights.append(own * whole)
+    return Weights(weights, tuple(notes))
+
+
+def example_weight(record: Mapping[str, Any], known: Sequence[str], notes: dict[str, None]) -> float:
+    """What all of a record weighs; keys that look like flags and are not understood are added to `notes`.
+
+    Raises RecordError on a weight that is negative or not finite.
+    """
+    notes.update(dict.fromkeys(_unknown(record, known)))
+    flags = {key: record[key] for key in (_WEIGHT, *_SWITCHES) if key in record and key not in known}
+    for key in _SWITCHES:
+        # A column of figures may have such a name too.
+        if key in flags and flags[key] is not None and _switch(flags[key]) is None:
+            notes[unknown_flag(key)] = None
+            del flags[key]
+    return _weight(flags, "")
+
+
+def counted(weight: float) -> Iterator[str]:
+    """Yield what the summary counts a turn of a weight by."""
+    if weight == 0:
+        yield SKIPPED_TURN
+    elif weight != 1:
+        yield WEIGHTED_TURN
+
+
+def _weight(flags: Mapping[str, Any], place: str) -> float:
+    """The product of all flags: one that says no is enough."""
+    weight = _number(flags.get(_WEIGHT), f"{place}.{_WEIGHT}".lstrip("."))
+    for key in _SWITCHES:
+        if flags.get(key) is None:
+            continue
+        on = _switch(flags[key])
+        if on is None:
+            raise RecordError(
+                WRONG_FLAG,
+                f"'{f'{place}.{key}'.lstrip('.')}' is {flags[key]!r}; it must be true or false (or 1 or 0). A number "
+                "that weighs is given as 'weight'",
+            )
+        weight *= on
+    return weight
+
+
+def _switch(value: object) -> bool | None:
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, int | float) and value in (0, 1):
+        return bool(value)
+    return _WORDS.get(value.strip().lower()) if isinstance(value, str) else None
+
+
+def _is_on(value: object) -> bool:
+    return value is not None and _switch(value) is True
+
+
+def _number(value: object, name: str) -> float:
+    """A weight; 1 where none is given."""
+    if value is None:
+        return 1.0
+    try:
+        weight = float(value) if isinstance(value, str | int | float) else math.nan
+    except (ValueError, OverflowError):
+        weight = math.nan
+    # As it is kept: a weight that rounds to nothing or to infinity is none.
+    with np.errstate(over="ignore", under="ignore"):
+        kept = float(np.float32(weight))
+    if not math.isfinite(kept) or kept < 0 or (kept == 0 and weight != 0):
+        raise RecordError(
+            WRONG_FLAG, f"'{name}' is {value!r}; it must be a number from 0 (not learned) to 1e38. Correct it"
+        )
+    return weight
+
+
+def _unknown(flags: Mapping[str, Any], known: Sequence[str]) -> Iterator[str]:
+    for key in flags:
+        if looks_like_flag(key) and key not in (_WEIGHT, *_SWITCHES, *known) and flags[key] is not None:
+            yield unknown_flag(key)
