@@ -1,4 +1,4 @@
-"""Write JSONL, CSV, parquet or text files as token files (.bin/.idx) for training, or `inspect` such: see --help."""
+"""Write JSON, CSV, parquet, Arrow or text files as token files (.bin/.idx), or `inspect` such: see --help."""
 
 from __future__ import annotations
 
@@ -34,7 +34,11 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line's options."""
     parser = argparse.ArgumentParser(description=__doc__, epilog=EPILOG)
     parser.add_argument(
-        "--input", nargs="+", required=True, metavar="PATH", help="files, folders (walked, sorted) or glob patterns"
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help="files, folders (walked, sorted; also those of datasets.save_to_disk) or glob patterns",
     )
     parser.add_argument("--output-prefix", required=True, metavar="PREFIX", help="output path without .bin/.idx")
     parser.add_argument(
@@ -45,15 +49,16 @@ def build_parser() -> argparse.ArgumentParser:
         "--json-key",
         "--json-keys",
         metavar="KEY",
-        help="key (JSONL) or column (CSV, parquet) of the text (default: text)",
+        help="key (JSON) or column (CSV, parquet, Arrow) of the text (default: text)",
     )
     _add_examples(parser)
     parser.add_argument(
         "--format",
-        choices=("auto", "jsonl", "csv", "parquet", "text"),
+        choices=("auto", "jsonl", "json", "csv", "parquet", "arrow", "text"),
         default="auto",
-        help="auto (default): by the ending .jsonl, .ndjson, .csv or .parquet; a file of any other is one document. "
-        ".gz and .zst may follow, except .parquet",
+        help="auto (default): by what is inside, and the ending .csv; jsonl: an object on each line; json: an array of "
+        "objects, or one after another; text: each file is one document, whatever it looks like. gzip and zstd are "
+        "unpacked",
     )
     parser.add_argument(
         "--append-eod",

@@ -59,13 +59,18 @@ class Packed(NamedTuple):
     notes: dict[int, tuple[str, ...]]
 
 
-def read_chunks(sources: Sequence[Source], fields: Sequence[str], start: int = 0) -> Iterator[Chunk]:
-    """Yield chunks of the sources from number `start` on; sources that are small share a chunk."""
+def read_chunks(
+    sources: Sequence[Source], fields: Sequence[str], start: int = 0, *, flags: bool = False
+) -> Iterator[Chunk]:
+    """Yield chunks of the sources from number `start` on; sources that are small share a chunk.
+
+    With `flags` records keep the keys that may flag what of them is to be learnt.
+    """
     chunk, characters = Chunk(), 0
     before = sum(source.size for source in sources[:start])
     for number in range(start, len(sources)):
         position = Position()
-        for line, value in sources[number].read(fields, position):
+        for line, value in sources[number].read(fields, position, flags):
             if isinstance(value, Problem):
                 chunk.entries.append(Entry(number, line, value))
             else:

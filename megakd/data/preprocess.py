@@ -14,11 +14,12 @@ import numpy as np
 
 from megakd.common.errors import UserError
 from megakd.data.encoding import Chunk, Packed, encode_chunks, read_chunks
+from megakd.data.file_contents import Format
 from megakd.data.fingerprint import fingerprint, write_metadata
 from megakd.data.partial import Partial, check_outputs, output_paths
 from megakd.data.progress import InputBar, note
 from megakd.data.records import EMPTY, MISSING_KEY, EncoderSettings, Problem
-from megakd.data.sources import DocumentsSource, Format, Source, file_sources
+from megakd.data.sources import DocumentsSource, Source, file_sources
 from megakd.data.text_encoder import TextSettings
 from megakd.data.token_writer import TokenWriter, token_dtype
 from megakd.data.tokenizer import Tokenizer, load_tokenizer
@@ -80,6 +81,8 @@ def preprocess(
     for source in sources:
         if source.path.resolve() in outputs:
             raise UserError(f"{source.path} is an input and an output of this run. Choose another --output-prefix.")
+        if on_error == "stop" and source.problem is not None:
+            raise _stopped(source.name, 1, source.problem)  # before hours of work on the files before it
     return write_sources(
         sources,
         prefix,
@@ -219,7 +222,8 @@ class _Run:
                         file.close()
 
     def _encode(self, workers: int) -> None:
-        chunks = read_chunks(self._sources, self._settings.fields, self._partial.done)
+        settings = self._settings
+        chunks = read_chunks(self._sources, settings.fields, self._partial.done, flags=settings.masks)
         committed = time.monotonic()
         with (
             InputBar(sum(source.size for source in self._sources)) as bar,
@@ -259,11 +263,10 @@ class _Run:
 
     def _drop(self, name: str, line: int, problem: Problem) -> None:
         if problem != EMPTY:
-            place = f"{name}:{line}: {problem}"
             if self._on_error == "stop":
-                raise UserError(f"{place}. {_remedy(problem)}, or leave out what is wrong with --on-error skip.")
+                raise _stopped(name, line, problem)
             if self._shown < SHOWN_PROBLEMS:
-                note(f"skipped {place}")
+                note(f"skipped {name}:{line}: {problem}")
             elif self._shown == SHOWN_PROBLEMS:
                 note(f"skipped more; {self._prefix}.skipped.jsonl will list all of them")
             self._shown += 1
@@ -299,10 +302,13 @@ def _check_prefix(prefix: str | Path) -> None:
         raise UserError(f"--output-prefix {prefix} names a folder. Add a name, for example {Path(prefix) / 'train'}.")
 
 
-def _remedy(problem: Problem) -> str:
-    if problem.reason == MISSING_KEY:
-        return "Name the keys that are there (--text-key, --messages-key, --prompt-key and --response-key), correct it"
-    return "Correct or remove it"
+def _stopped(name: str, line: int, problem: Problem) -> UserError:
+    remedy = problem.remedy or "Correct or remove it"
+    if problem.reason == MISSING_KEY and not problem.remedy:
+        remedy = (
+            "Name the keys that are there (--text-key, --messages-key, --prompt-key and --response-key), correct it"
+        )
+    return UserError(f"{name}:{line}: {problem}. {remedy}, or leave out what is wrong with --on-error skip.")
 
 
 def _kept(partial: Partial | None, sources: Sequence[Source]) -> str:

@@ -10,10 +10,11 @@ from typing import Literal
 
 from megakd.common.errors import UserError
 from megakd.data.chat_encoder import ChatSettings, TemplateSettings
+from megakd.data.file_contents import Format
 from megakd.data.instruction_encoder import PROMPT, InstructionSettings
 from megakd.data.progress import note
 from megakd.data.records import EncoderSettings, Record
-from megakd.data.sources import Format, Position, file_sources
+from megakd.data.sources import Position, file_sources
 from megakd.data.template_arguments import parse_arguments, read_tools
 from megakd.data.text_encoder import TextSettings
 

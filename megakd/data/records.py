@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -19,12 +20,14 @@ Record = dict[str, Any]
 class Problem:
     """Why a record becomes no document.
 
-    `reason` is one of few short phrases, by which problems are counted; `detail` tells the person what is wrong here.
-    Neither ends in a full stop, and neither says where: the place is known to whoever read the record.
+    `reason` is one of few short phrases, by which problems are counted; `detail` tells the person what is wrong here,
+    and `remedy` what to do about it where that is more than to correct the record. None ends in a full stop, and none
+    says where: the place is known to whoever read the record.
     """
 
     reason: str
     detail: str = ""
+    remedy: str = ""
 
     def __str__(self) -> str:
         return f"{self.reason}: {self.detail}" if self.detail else self.reason
@@ -41,13 +44,12 @@ UNREAD_VARIABLE = "template variable that the chat template does not read"
 SPECIAL_TEXT = "special token's text in the content"
 
 UNKNOWN_FLAG = "key that looks like a flag and is not understood: "
-_FLAG_WORDS = ("loss", "train", "mask", "weight")
 
-# What a source yields: the line (of a JSONL or CSV file) or row (of a parquet file) counted from 1, and what is there.
+# What a source yields: the line (of a JSON or CSV file) or row (of a parquet or Arrow file) from 1, and what is there.
 Item = tuple[int, Record | Problem]
 
-# The one problem that never stops a run: a record that is in order and has nothing to learn from.
 MISSING_KEY = "missing key"
+# The one problem that never stops a run: a record that is in order and has nothing to learn from.
 EMPTY = Problem("empty")
 NOT_UTF8 = Problem("not UTF-8 text")
 
@@ -97,11 +99,6 @@ class EncoderSettings(Protocol):
         ...
 
 
-def looks_like_flag(key: str) -> bool:
-    """Whether a record's or a message's key may say what is learned of it."""
-    return any(word in key.lower() for word in _FLAG_WORDS)
-
-
 def unknown_flag(key: str) -> str:
     """The note of a key that looks like a flag, and that nothing reads."""
     return f"{UNKNOWN_FLAG}{key[:60]!r}"
@@ -118,6 +115,29 @@ def text_problem(text: object, name: str) -> Problem | None:
         except UnicodeEncodeError:
             return Problem("half a surrogate pair", f"'{name}' has one, which is no text")
     return None
+
+
+# Parts of the names under which data sets flag what of a record is to be learnt: `weight`, `train_on`, `loss_mask`.
+_FLAG_PARTS = ("loss", "train", "mask", "weight")
+
+
+@lru_cache(maxsize=4096)
+def looks_like_flag(key: str) -> bool:
+    """Return whether a record's key may say what of the record is to be learnt, or how much: `weight`, `loss_mask`."""
+    lower = key.lower()
+    return any(part in lower for part in _FLAG_PARTS)
+
+
+def chosen_keys(there: Iterable[str], fields: Sequence[str], flags: bool) -> list[str]:
+    """Return the keys or columns of a record that are read: the fields that are there, and with `flags` what may flag.
+
+    Empty where none of the fields is there: flags alone are no record.
+    """
+    names = list(there)
+    chosen = [name for name in fields if name in names]
+    if chosen and flags:
+        chosen += [name for name in names if name not in chosen and looks_like_flag(name)]
+    return chosen
 
 
 def missing_key(fields: Sequence[str], there: Iterable[str]) -> Problem:

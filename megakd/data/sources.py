@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import glob
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Literal, Protocol
+from typing import IO, Any, Protocol
 
 from megakd.common.errors import UserError
-from megakd.data.compressed import DAMAGE, inner_suffix, open_bytes
-from megakd.data.records import NOT_UTF8, Item, Problem, Record, damage, missing_key
-from megakd.data.tables import read_csv, read_parquet
-
-Format = Literal["auto", "jsonl", "csv", "parquet", "text"]
-ENDINGS: dict[str, Format] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".parquet": "parquet"}
-UTF8_BOM = b"\xef\xbb\xbf"
+from megakd.data.arrow_folders import check_shard, shards_of
+from megakd.data.compressed import DAMAGE, open_bytes
+from megakd.data.file_contents import Contents, Format, contents_of
+from megakd.data.json_records import UTF8_BOM, read_json, read_jsonl
+from megakd.data.records import NOT_UTF8, Item, Problem, Record, damage
+from megakd.data.tables import read_arrow, read_csv, read_parquet
 
 
 class Position:
@@ -43,8 +41,11 @@ class Source(Protocol):
         """JSON values that change when the contents do; None where nothing tells, and no run can go on after it."""
         ...
 
-    def read(self, fields: Sequence[str], position: Position) -> Iterator[Item]:
-        """Yield what is there in order; what cannot be read is a problem in its place, never an exception."""
+    def read(self, fields: Sequence[str], position: Position, flags: bool = False) -> Iterator[Item]:
+        """Yield what is there in order; what cannot be read is a problem in its place, never an exception.
+
+        Records hold those of the fields that are there, and with `flags` every key that may flag what is to be learnt.
+        """
         ...
 
 
@@ -53,7 +54,7 @@ class FileSource:
     """A file as it was when the run began."""
 
     path: Path
-    format: Format
+    contents: Contents
     size: int
     mtime_ns: int
 
@@ -61,23 +62,32 @@ class FileSource:
     def name(self) -> str:
         return str(self.path)
 
-    def identity(self) -> dict[str, Any]:
-        return {"file": self.name, "format": self.format, "size": self.size, "mtime_ns": self.mtime_ns}
+    @property
+    def problem(self) -> Problem | None:
+        """The problem of the whole file that is known before it is read, or None."""
+        return self.contents.problem
 
-    def read(self, fields: Sequence[str], position: Position) -> Iterator[Item]:
-        if self.format == "parquet":
-            taken = [0]
+    def identity(self) -> dict[str, Any]:
+        how = {"format": self.contents.format, "packing": self.contents.packing, "encoding": self.contents.encoding}
+        return {"file": self.name, **how, "size": self.size, "mtime_ns": self.mtime_ns}
+
+    def read(self, fields: Sequence[str], position: Position, flags: bool = False) -> Iterator[Item]:
+        contents, taken = self.contents, [0]
+        if contents.problem is not None:
+            yield 1, contents.problem
+            return
+        if contents.format in ("parquet", "arrow"):
             position.tell = lambda: taken[0]
-            yield from read_parquet(self.path, fields, taken)
+            read_table = read_parquet if contents.format == "parquet" else read_arrow
+            yield from read_table(self.path, fields, taken, flags)
             return
         try:
-            with open_bytes(self.path) as (stream, position.tell):
-                if self.format == "jsonl":
-                    yield from _read_jsonl(stream, fields)
-                elif self.format == "csv":
-                    yield from read_csv(stream, fields)
-                else:
+            with open_bytes(self.path, contents.packing, contents.encoding) as (stream, position.tell):
+                if contents.format == "text":
                     yield 1, _read_text(stream, fields)
+                else:
+                    readers = {"jsonl": read_jsonl, "json": read_json, "csv": read_csv}
+                    yield from readers[contents.format](stream, fields, flags)
         except OSError as error:
             yield 1, damage(error)
 
@@ -93,26 +103,24 @@ class DocumentsSource:
     def identity(self) -> None:
         return None
 
-    def read(self, fields: Sequence[str], position: Position) -> Iterator[Item]:
+    def read(self, fields: Sequence[str], position: Position, flags: bool = False) -> Iterator[Item]:
         for number, document in enumerate(self.documents, start=1):
             yield number, {fields[0]: document}
 
 
 def file_sources(inputs: Sequence[str], format: Format = "auto") -> list[FileSource]:
-    """The files that the inputs name, each with its format; raises UserError where one cannot be looked at."""
+    """The files that the inputs name, each with what it holds; raises UserError where one cannot be looked at."""
     sources = []
     for path in find_files(inputs):
         try:
             status = path.stat()
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror}). Correct its permissions.") from error
-        sources.append(FileSource(path, file_format(path, format), status.st_size, status.st_mtime_ns))
+        contents = contents_of(path, format)
+        if contents.format == "arrow":
+            check_shard(path)
+        sources.append(FileSource(path, contents, status.st_size, status.st_mtime_ns))
     return sources
-
-
-def file_format(path: Path, format: Format = "auto") -> Format:
-    """`format`, or where it is "auto" what the ending says; a file of any other ending is one document of text."""
-    return ENDINGS.get(inner_suffix(path), "text") if format == "auto" else format
 
 
 def find_files(inputs: Sequence[str]) -> list[Path]:
@@ -138,6 +146,11 @@ def find_files(inputs: Sequence[str]) -> list[Path]:
 
 def _walk(folder: Path) -> Iterator[Path]:
     for root, folders, names in os.walk(folder):
+        shards = shards_of(Path(root))
+        if shards is not None:
+            folders.clear()
+            yield from shards
+            continue
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
             path = Path(root, name)
@@ -152,28 +165,3 @@ def _read_text(stream: IO[bytes], fields: Sequence[str]) -> Record | Problem:
         return NOT_UTF8
     except DAMAGE as error:
         return damage(error)
-
-
-def _read_jsonl(stream: IO[bytes], fields: Sequence[str]) -> Iterator[Item]:
-    number = 0
-    try:
-        for number, line in enumerate(stream, start=1):  # bytes end lines at \n only; text mode has other ideas
-            if not line.isspace():
-                yield number, _json_record(line, fields)
-    except DAMAGE as error:
-        yield number + 1, damage(error)
-
-
-def _json_record(line: bytes, fields: Sequence[str]) -> Record | Problem:
-    try:
-        text = line.removeprefix(UTF8_BOM).decode()
-    except UnicodeDecodeError:
-        return NOT_UTF8
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        return Problem("not JSON", str(error))
-    if not isinstance(found, dict):
-        return Problem("not a JSON object", f"a {type(found).__name__}")
-    record = {name: found[name] for name in fields if name in found}
-    return record or missing_key(fields, found)

@@ -12,6 +12,7 @@ import pytest
 from megakd.common.errors import UserError
 from megakd.data import encoding
 from megakd.data.encoding import Chunk, Entry, encode_chunks, read_chunks
+from megakd.data.file_contents import Contents
 from megakd.data.sources import DocumentsSource, FileSource
 from megakd.data.text_encoder import TextSettings
 from megakd.data.tokenizer import load_tokenizer
@@ -42,7 +43,7 @@ def test_small_sources_share_a_chunk(tmp_path: Path) -> None:
     sources = []
     for name, contents in {"a": b"aa", "b": b"\xff", "c": b"c"}.items():
         (tmp_path / name).write_bytes(contents)
-        sources.append(FileSource(tmp_path / name, "text", len(contents), 0))
+        sources.append(FileSource(tmp_path / name, Contents("text"), len(contents), 0))
     (chunk,) = read_chunks(sources, ["text"])
     assert chunk.records == [{"text": "aa"}, {"text": "c"}] and chunk.position == 4
     assert [(e.source, e.line, str(e.problem)) for e in chunk.entries] == [

@@ -118,10 +118,11 @@ def test_folders_are_walked_in_sorted_order(sentencepiece_file: Path, tmp_path: 
     ]
 
 
-def test_format_overrides_the_ending(sentencepiece_file: Path, tmp_path: Path) -> None:
+def test_format_overrides_what_is_inside(sentencepiece_file: Path, tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "in.txt", ["one", "two"])
-    assert preprocess([str(source)], tmp_path / "a", sentencepiece_file).documents == 1
+    assert preprocess([str(source)], tmp_path / "a", sentencepiece_file, format="text").documents == 1
     assert preprocess([str(source)], tmp_path / "b", sentencepiece_file, format="jsonl").documents == 2
+    assert preprocess([str(source)], tmp_path / "c", sentencepiece_file).documents == 2
 
 
 def test_line_ends_and_blank_lines_inside_jsonl(sentencepiece_file: Path, tmp_path: Path) -> None:

@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 
 from megakd.common.errors import UserError
 from megakd.data import tables
+from megakd.data.file_contents import Contents, Format
 from megakd.data.records import Item, Problem
-from megakd.data.sources import FileSource, Position, file_format, file_sources, find_files
+from megakd.data.sources import FileSource, Position, file_sources, find_files
 
 
 def items_of(path: Path, fields: Sequence[str] = ("text",), position: Position | None = None) -> list[Item]:
@@ -49,23 +50,6 @@ def test_patterns(tmp_path: Path) -> None:
     (tmp_path / "bare").mkdir()
     with pytest.raises(UserError, match="no file is there"):
         find_files([f"{tmp_path}/bare"])
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("a.jsonl", "jsonl"),
-        ("a.NDJSON.gz", "jsonl"),
-        ("a.csv.zst", "csv"),
-        ("a.parquet", "parquet"),
-        ("a.txt.gz", "text"),
-        ("a.json", "text"),
-        ("jsonl", "text"),
-    ],
-)
-def test_the_ending_tells_the_format(name: str, expected: str) -> None:
-    assert file_format(Path(name)) == expected
-    assert file_format(Path(name), "csv") == "csv"
 
 
 @pytest.mark.parametrize(("ending", "pack"), [("gz", gzip.compress), ("zst", zstd)])
@@ -102,9 +86,11 @@ def test_a_damaged_file_ends_there_and_what_was_read_stays(
     items = items_of(path)
     assert reasons_of(items) == [(len(items), "damaged file")]
     path.write_bytes(b"garbage" * 10)
+    assert reasons_of(items_of(path)) == [(1, "not JSON")]
+    path.write_bytes(packed[:5])
     assert reasons_of(items_of(path)) == [(1, "damaged file")]
     text = tmp_path / f"in.txt.{ending}"
-    text.write_bytes(packed[:-10])
+    text.write_bytes(pack(b"text " * 10_000)[:-10])
     assert reasons_of(items_of(text)) == [(1, "damaged file")]
     table = tmp_path / f"in.csv.{ending}"
     table.write_bytes(pack(b"text\n" + b"a\n" * 300_000)[:-10])
@@ -113,8 +99,9 @@ def test_a_damaged_file_ends_there_and_what_was_read_stays(
 
 
 def test_a_file_that_cannot_be_opened_is_a_problem_of_it(tmp_path: Path) -> None:
-    for format in ("jsonl", "parquet"):
-        source = FileSource(tmp_path / "gone", format, 1, 0)
+    formats: tuple[Format, ...] = ("jsonl", "json", "csv", "text", "parquet", "arrow")
+    for format in formats:
+        source = FileSource(tmp_path / "gone", Contents(format), 1, 0)
         assert reasons_of(list(source.read(["text"], Position()))) == [(1, "damaged file")]
 
 
@@ -213,6 +200,42 @@ def test_parquet_rows_of_several_groups(tmp_path: Path) -> None:
     assert str(problem[1]) == "missing key: no 'prompt' (there: id, text, messages)"
 
 
+def test_nulls_that_only_a_column_s_objects_have_are_left_out(tmp_path: Path) -> None:
+    messages = [
+        [{"role": "user", "content": "red?"}],
+        [{"role": "assistant", "content": "", "tool_calls": [{"name": "paint", "arguments": {"color": "blue"}}]}],
+        [{"role": "assistant", "tool_calls": [{"name": "wash", "arguments": {"hot": True}}]}],
+        None,
+    ]
+    columns = {"messages": messages, "weight": [1.0, None, 0.0, 2.0], "id": [1, 2, 3, 4]}
+    write_parquet(tmp_path / "in.parquet", columns)
+    table = pyarrow.table(columns)
+    with pyarrow.ipc.new_stream(str(tmp_path / "in.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    expected = [(n + 1, {"messages": messages[n], "weight": columns["weight"][n]}) for n in range(4)]
+    for name in ("in.parquet", "in.arrow"):
+        (source,) = file_sources([str(tmp_path / name)])
+        assert list(source.read(["messages"], Position(), True)) == expected
+        assert list(source.read(["messages"], Position())) == [(n + 1, {"messages": messages[n]}) for n in range(4)]
+
+
+FLAGGED = {"text": "a", "id": "1", "Loss_Mask": "0", "trainable": "1"}
+
+
+@pytest.mark.parametrize("name", ["in.jsonl", "in.json", "in.csv"])
+def test_keys_that_may_be_flags_are_read_where_they_are_asked_for(tmp_path: Path, name: str) -> None:
+    rows = [",".join(FLAGGED), ",".join(FLAGGED.values())] if name == "in.csv" else [json.dumps(FLAGGED)]
+    (tmp_path / name).write_text("\n".join(rows))
+    (source,) = file_sources([str(tmp_path / name)])
+    line = len(rows)
+    assert list(source.read(["text"], Position())) == [(line, {"text": "a"})]
+    flags = {"Loss_Mask": "0", "trainable": "1"}
+    assert list(source.read(["text"], Position(), True)) == [(line, {"text": "a", **flags})]
+    assert [str(value) for _, value in source.read(["body"], Position(), True)] == [
+        "missing key: no 'body' (there: text, id, Loss_Mask, trainable)"
+    ]  # flags alone are no record
+
+
 def test_parquet_text_that_is_not_utf8(tmp_path: Path) -> None:
     raw = pyarrow.array([b"fine", b"\xff", b"good"], type=pyarrow.binary())
     unchecked = pyarrow.Array.from_buffers(pyarrow.string(), 3, raw.buffers())
@@ -238,11 +261,15 @@ def test_a_damaged_parquet_file_ends_there(tmp_path: Path) -> None:
     assert reasons_of(items_of(path)) == [(1, "damaged file")]
 
 
-@pytest.mark.parametrize("name", ["in.jsonl", "in.jsonl.gz", "in.csv.zst"])
+@pytest.mark.parametrize("name", ["in.jsonl", "in.jsonl.gz", "in.csv.zst", "in.json", "in.json.gz"])
 def test_memory_does_not_grow_with_the_file(tmp_path: Path, name: str) -> None:
     record = b'"' + b"x" * 1000 + b'"\n'
-    line = record if ".csv" in name else b'{"text": ' + record.strip() + b"}\n"
-    data = (b"text\n" if ".csv" in name else b"") + line * 20_000
+    if ".csv" in name:
+        data = b"text\n" + record * 20_000
+    elif ".jsonl" in name:
+        data = (b'{"text": ' + record.strip() + b"}\n") * 20_000
+    else:
+        data = b"[" + b",".join([b'{\n"text": ' + record + b"}\n"] * 20_000) + b"]"
     path = tmp_path / name
     path.write_bytes(gzip.compress(data, 1) if name.endswith("gz") else zstd(data) if name.endswith("zst") else data)
     size = len(data)
