@@ -82,11 +82,14 @@ def _add_examples(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("conversations and instructions")
     group.add_argument(
         "--record",
-        choices=("auto", "text", "messages", "prompt"),
+        choices=("auto", "text", "messages", "sharegpt", "prompt", "alpaca"),
         default="auto",
-        help="what a record is; auto (default): by the keys of the first one",
+        help="what a record is; auto (default): by the keys of the first one. sharegpt: conversations of from and "
+        "value; alpaca: instruction, input and output",
     )
-    group.add_argument("--messages-key", metavar="KEY", help="key of the list of messages (default: messages)")
+    group.add_argument(
+        "--messages-key", metavar="KEY", help="key of the list of messages (default: messages, or conversations)"
+    )
     group.add_argument("--tools-key", metavar="KEY", help="key of the tools, if any (default: tools)")
     group.add_argument("--prompt-key", metavar="KEY", help="key of the prompt (default: prompt)")
     group.add_argument("--response-key", metavar="KEY", help="key of the response (default: response)")

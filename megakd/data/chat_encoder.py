@@ -15,6 +15,7 @@ from megakd.data.chat_flags import message_weights
 from megakd.data.chat_marks import ASSISTANT
 from megakd.data.chat_template import REASONING, Conversation, Message, RecordError, load_templates
 from megakd.data.offsets import OffsetTokenizer, Turn, require_offsets, turn_mask
+from megakd.data.record_formats import as_conversation
 from megakd.data.records import (
     EMPTY_TURN,
     LEFT_OUT,
@@ -68,15 +69,19 @@ class Chat(NamedTuple):
 
 @dataclass(frozen=True)
 class ChatSettings:
-    """An example per conversation: a list of messages under `messages_key`, and perhaps tools under `tools_key`."""
+    """An example per conversation: a list of messages under `messages_key`, and perhaps tools under `tools_key`.
+
+    A text under `system_key` is the conversation's first message.
+    """
 
     messages_key: str = "messages"
     tools_key: str = "tools"
     template: TemplateSettings = TemplateSettings()
+    system_key: str = "system"
 
     @property
     def fields(self) -> tuple[str, ...]:
-        return (self.messages_key, self.tools_key, ARGUMENTS_KEY)
+        return (self.messages_key, self.tools_key, self.system_key, ARGUMENTS_KEY)
 
     @property
     def masks(self) -> bool:
@@ -108,7 +113,10 @@ class ChatEncoder:
         key, tools_key = self._settings.messages_key, self._settings.tools_key
         if key not in record:
             return Problem(MISSING_KEY, f"there is no '{key}'")
-        messages = record[key]
+        converted = as_conversation(record, key, self._settings.system_key)
+        if isinstance(converted, Problem):
+            return converted
+        messages = converted[key]
         problem = messages_problem(messages, key)
         if problem is not None:
             return problem

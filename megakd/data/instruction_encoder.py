@@ -22,6 +22,7 @@ from megakd.data.chat_encoder import (
 from megakd.data.chat_flags import counted, example_weight, message_weights
 from megakd.data.chat_template import Message, RecordError, special_tokens
 from megakd.data.offsets import OffsetTokenizer, Turn, require_offsets
+from megakd.data.record_formats import HISTORY, INPUT, history_of, with_input
 from megakd.data.records import (
     CONTEXT,
     MISSING_KEY,
@@ -45,7 +46,8 @@ class InstructionSettings:
 
     The template holds "{prompt}" and perhaps "{system}", which is empty for a record without a system text. With
     `apply_chat_template` the record is instead a chat of a system, a user and an assistant message, rendered as
-    `template` says, and no eos is appended: the template ends turns.
+    `template` says, and no eos is appended: the template ends turns. `alpaca` records may have an `input`, which
+    follows the prompt, a `history` of earlier turns and a system text.
     """
 
     prompt_key: str = "prompt"
@@ -56,11 +58,13 @@ class InstructionSettings:
     prepend_bos: bool = False
     apply_chat_template: bool = False
     template: TemplateSettings = TemplateSettings()
+    alpaca: bool = False
 
     @property
     def fields(self) -> tuple[str, ...]:
-        system = self.apply_chat_template or SYSTEM in self.prompt_template
-        return (self.prompt_key, self.response_key, *((self.system_key,) if system else ()))
+        system = self.alpaca or self.apply_chat_template or SYSTEM in self.prompt_template
+        more = (INPUT, HISTORY) if self.alpaca else ()
+        return (self.prompt_key, self.response_key, *((self.system_key,) if system else ()), *more)
 
     @property
     def masks(self) -> bool:
@@ -108,6 +112,9 @@ class _Plain:
         except RecordError as error:
             return error.problem
         prompt, response, system = texts
+        problem = _without_place(record, self._settings, system)
+        if problem is not None:
+            return problem
         values = {PROMPT: prompt, SYSTEM: system or ""}
         before = re.sub(r"\{prompt\}|\{system\}", lambda found: values[found.group()], self._settings.prompt_template)
         text = before + response
@@ -145,7 +152,11 @@ class _ThroughChat:
         texts = _texts(record, self._settings)
         if isinstance(texts, Problem):
             return texts
-        messages = list(_messages(*texts))
+        prompt, response, system = texts
+        earlier = history_of(record) if self._settings.alpaca else []
+        if isinstance(earlier, Problem):
+            return earlier
+        messages = list(_messages([*earlier, (prompt, response)], system))
         try:
             weights = message_weights(messages, "", record, self._settings.fields)
         except RecordError as error:
@@ -153,15 +164,37 @@ class _ThroughChat:
         return Chat(messages, weights.messages, notes=weights.notes)
 
 
-def _messages(prompt: str, response: str, system: str | None) -> Iterator[Message]:
+def _messages(turns: Sequence[tuple[str, str]], system: str | None) -> Iterator[Message]:
     if system:
         yield {"role": "system", "content": system}
-    yield {"role": "user", "content": prompt}
-    yield {"role": "assistant", "content": response}
+    for prompt, response in turns:
+        yield {"role": "user", "content": prompt}
+        yield {"role": "assistant", "content": response}
+
+
+def _without_place(record: Record, settings: InstructionSettings, system: str | None) -> Problem | None:
+    """What an Alpaca record says beside prompt and response that no place of the prompt template can take."""
+    if not settings.alpaca:
+        return None
+    earlier = history_of(record)
+    if isinstance(earlier, Problem):
+        return earlier
+    if earlier:
+        detail = f"'{HISTORY}' has {len(earlier)}"
+        return Problem("earlier turns without a chat template", detail, "Add --apply-chat-template")
+    if system and SYSTEM not in settings.prompt_template:
+        remedy = f"Add --apply-chat-template, or write {SYSTEM} into --prompt-template"
+        return Problem("system text without a place", f"--prompt-template has no {SYSTEM}", remedy)
+    return None
 
 
 def _texts(record: Record, settings: InstructionSettings) -> tuple[str, str, str | None] | Problem:
     """The record's prompt, response and system text."""
+    if settings.alpaca:
+        found = with_input(record, settings.prompt_key)
+        if isinstance(found, Problem):
+            return found
+        record = found
     for key in (settings.prompt_key, settings.response_key):
         if key not in record:
             return Problem(MISSING_KEY, f"there is no '{key}'")
