@@ -10,13 +10,16 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from megakd.data.assistant_spans import NOT_FOUND, Span, find_assistant_spans
 from megakd.data.chat_flags import message_weights
 from megakd.data.chat_marks import ASSISTANT
 from megakd.data.chat_template import REASONING, Conversation, Message, RecordError, load_templates
-from megakd.data.offsets import OffsetTokenizer, Turn, require_offsets, turn_mask
+from megakd.data.offsets import OffsetTokenizer, Turn, require_offsets, turn_mask, turn_weights
 from megakd.data.record_formats import as_conversation
 from megakd.data.records import (
+    EARLIER,
     EMPTY_TURN,
     LEFT_OUT,
     MISSING_KEY,
@@ -36,6 +39,7 @@ ARGUMENTS_KEY = "chat_template_kwargs"
 NO_MESSAGES = "not a list of messages"
 NO_ASSISTANT = Problem("no assistant message", "there is nothing to learn from")
 EMPTY_RESPONSE = Problem("empty response")
+ALL_SKIPPED = Problem("nothing to learn", "all assistant turns are flagged not to be learned")
 Example = tuple[str, list[Turn], tuple[str, ...]]
 
 
@@ -182,7 +186,7 @@ def _turn(span: Span, weights: Sequence[float], own: Sequence[int]) -> Turn:
 
 
 def encode_examples(tokenizer: OffsetTokenizer, examples: Sequence[Example | Problem]) -> list[Encoded | Problem]:
-    """Tokenise texts whole and make masks of their turns; problems are passed on in their places."""
+    """Tokenise texts whole, make masks of their turns and weights; problems are passed on in their places."""
     results: list[Encoded | Problem] = []
     checked = [one if isinstance(one, Problem) else (text_problem(one[0], "text") or one) for one in examples]
     tokens = iter(tokenizer.encode_batch([one[0] for one in checked if not isinstance(one, Problem)]))
@@ -191,8 +195,15 @@ def encode_examples(tokenizer: OffsetTokenizer, examples: Sequence[Example | Pro
             results.append(one)
             continue
         found = next(tokens)
-        mask = turn_mask(found, one[1])
-        results.append(Encoded(found.ids, mask, one[2]) if (mask == RESPONSE).any() else EMPTY_RESPONSE)
+        _, turns, notes = one
+        mask = turn_mask(found, turns)
+        # A last turn that is flagged leaves the earlier ones to learn from.
+        last_is_skipped = any(turn.last and turn.is_skipped for turn in turns)
+        learned = (EARLIER, RESPONSE) if last_is_skipped else (RESPONSE,)
+        if np.isin(mask, learned).any():
+            results.append(Encoded(found.ids, mask, notes, turn_weights(found, turns)))
+        else:
+            results.append(ALL_SKIPPED if last_is_skipped else EMPTY_RESPONSE)
     return results
 
 

@@ -48,12 +48,13 @@ class Chunk:
 class Packed(NamedTuple):
     """A chunk's documents, one after another.
 
-    `ids` and `mask` are [sum of lengths], `lengths` is [documents]; `problems`, and the `notes` of documents that have
-    some, are by the record's number.
+    `ids`, `mask` and `weights` (None where all are 1) are [sum of lengths], `lengths` is [documents]; `problems`, and
+    the `notes` of documents that have some, are by the record's number.
     """
 
     ids: NDArray[np.integer[Any]]
     mask: NDArray[np.uint8] | None
+    weights: NDArray[np.float32] | None
     lengths: NDArray[np.int32]
     problems: dict[int, Problem]
     notes: dict[int, tuple[str, ...]]
@@ -140,12 +141,23 @@ def encode_records(encoder: RecordEncoder, records: Sequence[Record]) -> Packed:
     assert len(results) == len(records), "one result per record"
     lengths = np.array([len(document.ids) for document in documents], dtype=np.int32)
     if not documents:
-        return Packed(np.empty(0, dtype=np.int32), np.empty(0, dtype=np.uint8), lengths, problems, notes)
+        return Packed(np.empty(0, dtype=np.int32), np.empty(0, dtype=np.uint8), None, lengths, problems, notes)
     masks = [document.mask for document in documents if document.mask is not None]
     mask = np.concatenate(masks) if masks else None
     ids = np.concatenate([document.ids for document in documents])
     assert mask is None or len(mask) == len(ids), "every document has a mask of its length, or none has"
-    return Packed(ids, mask, lengths, problems, notes)
+    return Packed(ids, mask, _join_weights(documents), lengths, problems, notes)
+
+
+def _join_weights(documents: Sequence[Encoded]) -> NDArray[np.float32] | None:
+    if all(document.weights is None for document in documents):
+        return None
+    weights = np.concatenate(
+        [np.ones(len(one.ids), dtype=np.float32) if one.weights is None else one.weights for one in documents]
+    )
+    assert len(weights) == sum(len(document.ids) for document in documents), "a weight for each token"
+    assert ((weights > 0) & np.isfinite(weights)).all(), "weights are above 0; the mask says what is not learned"
+    return weights
 
 
 _encoder: RecordEncoder | None = None  # of a worker process, built when its first chunk comes

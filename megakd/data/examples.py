@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megakd.common.errors import UserError
-from megakd.data.indexed import MASK_ENDING, TokenStream
+from megakd.data.fingerprint import metadata_path, read_metadata
+from megakd.data.indexed import MASK_ENDING, WEIGHT_ENDING, TokenStream, WeightStream
 from megakd.data.packing import Packs, first_fit_decreasing
 from megakd.data.records import CONTEXT, EARLIER, RESPONSE
 from megakd.data.samples import Sample, positions_of
@@ -26,23 +28,26 @@ _LOST = {"keep_start": "keep the start and lose their end of turn", "keep_end": 
 
 
 class Examples:
-    """Token ids of examples and which of them count, by index.
+    """Token ids of examples, which of them count and with what weight, by index.
 
     Raises:
-        UserError: the pair or its mask is missing, damaged, or they are not of one data set.
+        UserError: the pair, its mask or its weights are missing, damaged, or they are not of one data set.
     """
 
     def __init__(self, prefix: str, loss_on: LossOn, *, key: str = "data.train") -> None:
         self.prefix = prefix
         self._tokens = TokenStream(prefix, key=key)
         self._mask = TokenStream(f"{prefix}{MASK_ENDING}", key=key)
+        self._weights = WeightStream(f"{prefix}{WEIGHT_ENDING}", key=key) if has_weights(prefix, key) else None
+        self._key = key
         self._counted = _COUNTED[loss_on]
         self.lengths = self._tokens.document_lengths()
-        if not np.array_equal(self.lengths, self._mask.document_lengths()):
-            raise UserError(
-                f"{key}: {prefix}{MASK_ENDING}.idx speaks of other examples than {prefix}.idx; they are not of one "
-                "data set. Write them again with tools/preprocess_data.py."
-            )
+        for ending, stream in ((MASK_ENDING, self._mask), (WEIGHT_ENDING, self._weights)):
+            if stream is not None and not np.array_equal(self.lengths, stream.document_lengths()):
+                raise UserError(
+                    f"{key}: {prefix}{ending}.idx speaks of other examples than {prefix}.idx; they are not of one "
+                    "data set. Write them again with tools/preprocess_data.py."
+                )
         self._starts = np.zeros(len(self.lengths) + 1, dtype=np.int64)
         np.cumsum(self.lengths, out=self._starts[1:])
 
@@ -50,11 +55,52 @@ class Examples:
         return len(self.lengths)
 
     def read(self, index: int, part: slice) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """Token ids of a part of an example, [n], and 1 where the token counts as a label, [n]."""
+        """Token ids of a part of an example, [n], and the weight of each as a label, [n]: 0 where it does not count.
+
+        Raises:
+            UserError: a weight is negative or not finite.
+        """
         first, last, _ = part.indices(int(self.lengths[index]))
         start = int(self._starts[index])
-        counts = np.isin(self._mask.slice(start + first, start + last), self._counted)
-        return self._tokens.slice(start + first, start + last), counts.astype(np.float32)
+        counts = np.isin(self._mask.slice(start + first, start + last), self._counted).astype(np.float32)
+        if self._weights is not None:
+            weights = self._weights.slice(start + first, start + last)
+            self._check_weights(weights, index, first)
+            counts *= weights
+        return self._tokens.slice(start + first, start + last), counts
+
+    def _check_weights(self, weights: NDArray[np.float32], index: int, first: int) -> None:
+        wrong = np.flatnonzero(~((weights >= 0) & np.isfinite(weights)))
+        if len(wrong):
+            raise UserError(
+                f"{self._key}: {self.prefix}{WEIGHT_ENDING}.bin has {weights[wrong[0]]} as the weight of token "
+                f"{first + int(wrong[0])} of example {index}; it must be a finite number of at least 0. Write the data "
+                "again with tools/preprocess_data.py."
+            )
+
+
+def has_weights(prefix: str | Path, key: str) -> bool:
+    """Whether tokens of a data set have weights beside the mask; of one without metadata its files tell.
+
+    Raises:
+        UserError: metadata and files contradict each other.
+    """
+    index = Path(f"{prefix}{WEIGHT_ENDING}.idx")
+    metadata = read_metadata(prefix)
+    if metadata is None:
+        return index.is_file()
+    said = bool(metadata.get("weights", False))
+    if said and not index.is_file():
+        raise UserError(
+            f"{key}: {prefix} is a data set with token weights and {index} does not exist. Copy it too, or write the "
+            "data again with tools/preprocess_data.py."
+        )
+    if index.is_file() and not said:
+        raise UserError(
+            f"{key}: {metadata_path(prefix)} says nothing of token weights and {index} exists, so one of them is of "
+            f'another data set. Remove {prefix}{WEIGHT_ENDING}.*, or write "weights": true there if they belong to it.'
+        )
+    return said
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megakd.common.errors import UserError
+from megakd.data.records import MASK_VERSION
 from megakd.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 
 FORMAT = "megakd-tokens"
@@ -92,7 +93,7 @@ def write_metadata(
     """Write `<prefix>.json` and `<prefix>.vocab.json.gz`: counts, the tokenizer's fingerprint and its pieces.
 
     `kind` is "text", or "examples" where a mask lies beside the tokens; `settings` are further keys, such as
-    `appended_eod`.
+    `appended_eod`, and of examples `mask_version` and whether `weights` lie beside the mask.
     """
     metadata = {
         "format": FORMAT,
@@ -123,6 +124,12 @@ def read_metadata(prefix: str | Path) -> dict[str, Any] | None:
         raise UserError(
             f"{path} has format version {metadata.get('version')}; this version of megakd reads {VERSION}. "
             "Write the data again with tools/preprocess_data.py."
+        )
+    masks = metadata.get("mask_version", 1)
+    if masks not in range(1, MASK_VERSION + 1):
+        raise UserError(
+            f"{path} says that the mask has version {masks}; this version of megakd reads 1 to {MASK_VERSION}. Update "
+            "megakd, or write the data again with this version's tools/preprocess_data.py."
         )
     return metadata
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
@@ -16,15 +16,19 @@ from megakd.data.token_writer import HEADER, MAGIC, VERSION
 
 MASK_ENDING = ".mask"
 """Of the pair beside a pair of examples: one uint8 per token."""
+WEIGHT_ENDING = ".weight"
+"""Of the pair beside those two where tokens have weights: one float32 per token."""
 _REWRITE = "Write the pair again with tools/preprocess_data.py."
 
 
-class TokenStream:
-    """The documents of a `.bin/.idx` pair, memory-mapped, as one stream of tokens in file order.
+class IndexedStream:
+    """The documents of a `.bin/.idx` pair, memory-mapped, as one stream in file order of a value per token.
 
     `key` is the configuration key that messages name. Raises UserError where a file is missing, is not of
-    megatron-core's format or is cut short.
+    megatron-core's format or of `types`, or is cut short.
     """
+
+    types: ClassVar[tuple[DType, ...]]
 
     def __init__(self, prefix: str | Path, *, key: str = "data.train") -> None:
         self.prefix = str(prefix)
@@ -43,14 +47,14 @@ class TokenStream:
                 f"one of them is damaged or of another data set. {_REWRITE}"
             )
 
-    def slice(self, start: int, stop: int) -> NDArray[np.int64]:
-        """Tokens start..stop of the stream, across document borders, as a new int64 array [stop - start]."""
+    def read(self, start: int, stop: int) -> NDArray[Any]:
+        """Values start..stop of the stream, across document borders, as they are in the file."""
         assert 0 <= start <= stop <= self.num_tokens, (start, stop, self.num_tokens)
         if start == stop:
-            return np.empty(0, dtype=np.int64)
+            return np.empty(0, dtype=self._dtype)
         # Documents lie one after another in the file, so a slice of the stream is a slice of the file.
-        tokens = self._dataset.bin_reader.read(self._dtype, stop - start, start * self._itemsize)
-        return np.array(tokens, dtype=np.int64)
+        values: NDArray[Any] = self._dataset.bin_reader.read(self._dtype, stop - start, start * self._itemsize)
+        return values
 
     def document_starts(self, start: int, stop: int) -> NDArray[np.int64]:
         """Where documents begin among the tokens start..stop, in ascending order."""
@@ -79,9 +83,12 @@ class TokenStream:
         with idx_path.open("rb") as file:
             head = file.read(HEADER.size)
         magic, version, code, sequences, documents = HEADER.unpack(head.ljust(HEADER.size, b"\x00"))
-        codes = {dtype.value for dtype in (DType.uint8, DType.uint16, DType.int32, DType.int64)}
+        codes = {dtype.value for dtype in self.types}
         if magic != MAGIC or version != VERSION or code not in codes:
-            raise UserError(f"{self._key}: {idx_path} is no index of megatron-core's token files. {_REWRITE}")
+            kinds = " or ".join(dtype.name for dtype in self.types)
+            raise UserError(
+                f"{self._key}: {idx_path} is no index of megatron-core's token files that hold {kinds}. {_REWRITE}"
+            )
         expected = HEADER.size + 12 * sequences + 8 * documents
         size = idx_path.stat().st_size
         if size != expected:
@@ -97,6 +104,26 @@ class TokenStream:
         if dot and ending in ("bin", "idx", "json") and Path(f"{stem}.idx").is_file():
             return f"Give the path without its ending: {stem}."
         return "Write the pair with tools/preprocess_data.py --output-prefix PREFIX, and give that PREFIX."
+
+
+class TokenStream(IndexedStream):
+    """Token ids, or what a mask says of tokens."""
+
+    types = (DType.uint8, DType.uint16, DType.int32, DType.int64)
+
+    def slice(self, start: int, stop: int) -> NDArray[np.int64]:
+        """Tokens start..stop of the stream, across document borders, as a new int64 array [stop - start]."""
+        return np.array(self.read(start, stop), dtype=np.int64)
+
+
+class WeightStream(IndexedStream):
+    """Weights of tokens, beside their ids."""
+
+    types = (DType.float32,)
+
+    def slice(self, start: int, stop: int) -> NDArray[np.float32]:
+        """Weights start..stop of the stream, across document borders, as a new float32 array [stop - start]."""
+        return np.array(self.read(start, stop), dtype=np.float32)
 
 
 class _DocumentStarts(Sequence[int]):

@@ -131,7 +131,12 @@ class _Plain:
         head = [] if self._head and example.ids[0] == self._head[0] else self._head
         ids = np.array([*head, *example.ids, *self._tail], dtype=np.int32)
         mask = np.pad(example.mask, (len(head), 0), constant_values=CONTEXT)
-        return Encoded(ids, np.pad(mask, (0, len(self._tail)), constant_values=RESPONSE), example.notes)
+        mask = np.pad(mask, (0, len(self._tail)), constant_values=RESPONSE)
+        weights = example.weights
+        if weights is not None:
+            of_response = weights[example.mask == RESPONSE][-1]
+            weights = np.pad(weights, (len(head), len(self._tail)), constant_values=(1, of_response))
+        return Encoded(ids, mask, example.notes, weights)
 
 
 class _ThroughChat:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megakd.common.errors import UserError
-from megakd.data.records import EARLIER, RESPONSE
+from megakd.data.records import EARLIER, RESPONSE, SKIPPED
 from megakd.data.tokenizer import HuggingFaceTokenizer, Tokenizer
 
 
@@ -32,6 +32,11 @@ class Turn(NamedTuple):
     end: int
     last: bool
     weight: float = 1.0
+
+    @property
+    def is_skipped(self) -> bool:
+        """Whether none of it is to be learned: its weight is 0, as float32 has it."""
+        return bool(np.float32(self.weight) == 0)
 
 
 def require_offsets(tokenizer: Tokenizer) -> HuggingFaceTokenizer:
@@ -83,15 +88,36 @@ class OffsetTokenizer:
 
 
 def turn_mask(tokens: Tokens, turns: Iterable[Turn]) -> NDArray[np.uint8]:
-    """The mask [n] of tokens that hold at least one character of a turn: RESPONSE in the last, EARLIER in others.
+    """The mask [n] of tokens that hold at least one character of a turn: RESPONSE in the last, EARLIER in others,
+    SKIPPED in those of weight 0.
 
-    A token without characters counts where the turn's text goes on behind it.
+    A token without characters counts where the turn's text goes on behind it. One that two turns share is SKIPPED where
+    either is, so that nothing flagged is learned, and else of the last turn.
     """
     mask = np.zeros(len(tokens.ids), dtype=np.uint8)
+    for turn, held in _held(tokens, turns):
+        value = SKIPPED if turn.is_skipped else RESPONSE if turn.last else EARLIER
+        mask[held] = np.maximum(mask[held], value)
+    return mask
+
+
+def turn_weights(tokens: Tokens, turns: Iterable[Turn]) -> NDArray[np.float32] | None:
+    """The weights [n] of the turns' tokens, or None where all are 1, as they are outside of turns.
+
+    A token that two turns share has the smaller of their weights. Turns of weight 0 have 1 here: the mask leaves their
+    tokens out.
+    """
+    weights = np.ones(len(tokens.ids), dtype=np.float32)
+    for turn, held in _held(tokens, sorted(turns, key=lambda turn: -turn.weight)):
+        if not turn.is_skipped:
+            weights[held] = turn.weight
+    return weights if (weights != 1).any() else None
+
+
+def _held(tokens: Tokens, turns: Iterable[Turn]) -> Iterator[tuple[Turn, NDArray[np.bool_]]]:
+    """Turns with text, each with which tokens [n] hold a part of it."""
     # One character's several tokens each have all of it.
     reach = np.maximum(tokens.ends, tokens.starts + 1)
     for turn in turns:
         if turn.start < turn.end:
-            held = (tokens.starts < turn.end) & (reach > turn.start)
-            mask[held] = np.maximum(mask[held], RESPONSE if turn.last else EARLIER)
-    return mask
+            yield turn, (tokens.starts < turn.end) & (reach > turn.start)

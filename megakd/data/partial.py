@@ -16,15 +16,18 @@ from megakd.data.records import EMPTY
 from megakd.data.sources import Source
 
 # Renamed in this order: without its index nobody takes the others for a data set.
-ENDINGS = (".bin", ".mask.bin", ".mask.idx", ".vocab.json.gz", ".json", ".skipped.jsonl", ".idx")
+ENDINGS = (
+    ".bin", ".mask.bin", ".mask.idx", ".weight.bin", ".weight.idx", ".vocab.json.gz", ".json", ".skipped.jsonl", ".idx",
+)  # fmt: skip
 
 
 @dataclass
 class State:
-    """What is in the files so far: offsets to cut them at, and what the summary tells."""
+    """What is in the files so far: offsets to cut them at, whether weights are there, and what the summary tells."""
 
     documents: int = 0
     tokens: int = 0
+    has_weights: bool = False
     skipped_bytes: int = 0
     longest: int = 0
     longest_place: str = ""

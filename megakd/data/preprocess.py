@@ -16,12 +16,13 @@ from megakd.common.errors import UserError
 from megakd.data.encoding import Chunk, Packed, encode_chunks, read_chunks
 from megakd.data.file_contents import Format
 from megakd.data.fingerprint import fingerprint, write_metadata
+from megakd.data.indexed import MASK_ENDING, WEIGHT_ENDING
 from megakd.data.partial import Partial, check_outputs, output_paths
 from megakd.data.progress import InputBar, note
-from megakd.data.records import EMPTY, MISSING_KEY, EncoderSettings, Problem
+from megakd.data.records import EMPTY, MASK_VERSION, MISSING_KEY, EncoderSettings, Problem
 from megakd.data.sources import DocumentsSource, Source, file_sources
 from megakd.data.text_encoder import TextSettings
-from megakd.data.token_writer import TokenWriter, token_dtype
+from megakd.data.token_writer import TokenWriter, WeightWriter, lengths_path, token_dtype
 from megakd.data.tokenizer import Tokenizer, load_tokenizer
 
 OnError = Literal["skip", "stop"]
@@ -192,8 +193,9 @@ class _Run:
         self._shown = 0
         at = {"documents": state.documents, "tokens": state.tokens}
         self._tokens = TokenWriter(partial.data, token_dtype(tokenizer.vocab_size), **at)
-        mask = partial.data.with_name(f"{partial.data.name}.mask")
+        mask, weight = (Path(f"{partial.data}{ending}") for ending in (MASK_ENDING, WEIGHT_ENDING))
         self._mask = TokenWriter(mask, np.dtype(np.uint8), **at) if settings.masks else None
+        self._weights = WeightWriter(weight, tokens=state.tokens, has_weights=state.has_weights)
         skipped_path = Path(f"{partial.data}.skipped.jsonl")
         if state.skipped_bytes:
             # What an interrupted run wrote behind its last journal line is written again.
@@ -216,7 +218,7 @@ class _Run:
                 raise UserError(_nothing_left(self._prefix, self._state.dropped))
             self._finish()
         finally:
-            for file in (self._tokens, self._mask, self._skipped):
+            for file in (self._tokens, self._mask, self._weights, self._skipped):
                 if file is not None:
                     with contextlib.suppress(OSError):
                         file.close()
@@ -241,6 +243,8 @@ class _Run:
         if self._mask is not None:
             assert packed.mask is not None, "settings.masks says that every document has one"
             self._mask.add(packed.mask, packed.lengths)
+        self._weights.add(packed.weights, len(packed.ids))
+        self._state.has_weights = self._weights.has_weights
         lengths = iter(packed.lengths.tolist())
         state, record = self._state, 0
         for source, line, problem in chunk.entries:
@@ -276,13 +280,14 @@ class _Run:
         self._state.dropped[problem.reason] = self._state.dropped.get(problem.reason, 0) + 1
 
     def _commit(self) -> None:
-        files = [*self._tokens.files(), *(self._mask.files() if self._mask else []), self._skipped]
-        self._partial.commit(files)
+        masks = [] if self._mask is None else self._mask.files()
+        self._partial.commit([*self._tokens.files(), *masks, *self._weights.files(), self._skipped])
 
     def _finish(self) -> None:
         self._tokens.finish()
         if self._mask is not None:
             self._mask.finish()
+        self._weights.finish(lengths_path(self._partial.data))
         self._skipped.close()
         if not self._state.skipped_bytes:
             Path(self._skipped.name).unlink()
@@ -292,9 +297,14 @@ class _Run:
             kind="examples" if self._settings.masks else "text",
             documents=self._state.documents,
             tokens=self._state.tokens,
-            settings=self._settings.metadata(),
+            settings=self._settings.metadata() | self._mask_metadata(),
         )
         self._partial.complete(self._state)
+
+    def _mask_metadata(self) -> dict[str, Any]:
+        if self._mask is None:
+            return {}
+        return {"mask_version": MASK_VERSION, "weights": self._state.has_weights}
 
 
 def _check_prefix(prefix: str | Path) -> None:

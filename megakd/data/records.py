@@ -36,6 +36,8 @@ class Problem:
 # What a token of an example is: nothing to be learned, of an assistant's turn before the last, of the last one, or of a
 # turn that is flagged not to be learned, whatever data.loss_on says.
 CONTEXT, EARLIER, RESPONSE, SKIPPED = 0, 1, 2, 3
+# Of the masks in a data set. 1 knows no SKIPPED and no weights beside the mask.
+MASK_VERSION = 2
 
 NO_END = "response without an end-of-turn token"
 EMPTY_TURN = "empty response before the last"
@@ -58,8 +60,9 @@ class Encoded(NamedTuple):
     """A document: token ids [n], any integer type, n > 0, and for examples a mask [n] of CONTEXT, EARLIER, RESPONSE and
     SKIPPED.
 
-    `weights` are [n], finite and not negative, what each token's loss is multiplied by; None where all are 1.
-    `notes` are short phrases such as NO_END: what the summary counts documents by, though nothing is wrong with them.
+    `weights` are [n], what each token's loss is multiplied by: finite and above 0, since what is not to be learned is
+    for the mask to say; None where all are 1. `notes` are short phrases such as NO_END: what the summary counts
+    documents by, though nothing is wrong with them.
     """
 
     ids: NDArray[np.integer[Any]]

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, entries of the document index
-BLOCK = 1 << 18  # documents per piece of the index
+BLOCK = 1 << 18  # documents, or tokens, that are written at a time
+WEIGHT_DTYPE: np.dtype[Any] = np.dtype("<f4")
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -65,18 +66,73 @@ def lengths_path(prefix: Path) -> Path:
     return Path(f"{prefix}.lengths")
 
 
-def write_index(prefix: Path, dtype: np.dtype[Any]) -> None:
-    """Write `<prefix>.idx` from `<prefix>.lengths`, every document one sequence."""
-    count = lengths_path(prefix).stat().st_size // 4
-    lengths = np.memmap(lengths_path(prefix), dtype="<i4", mode="r") if count else np.empty(0, dtype="<i4")
+class WeightWriter:
+    """Appends weights of tokens to `<prefix>.bin` as float32, from the first one that is not 1 on.
+
+    Before it there is no file, and ones are written for the tokens so far when it comes. Opened at `tokens` of an
+    earlier run, which had come to such a weight or not; whatever lies behind them is cut off.
+    """
+
+    def __init__(self, prefix: Path, *, tokens: int = 0, has_weights: bool = False) -> None:
+        self._prefix = prefix
+        self._path = Path(f"{prefix}.bin")
+        self._tokens = tokens
+        self._file: Any = None
+        if has_weights:
+            self._file = _open_at(self._path, tokens * WEIGHT_DTYPE.itemsize)
+        else:
+            self._path.unlink(missing_ok=True)  # begun behind the place that the earlier run is gone on from
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether there was a weight that is not 1."""
+        return self._file is not None
+
+    def add(self, weights: NDArray[np.float32] | None, count: int) -> None:
+        """Append the weights [count] of so many tokens; None where all are 1."""
+        if weights is not None and self._file is None:
+            self._file = self._path.open("wb")
+            self._write_ones(self._tokens)
+        if weights is not None:
+            assert len(weights) == count, (len(weights), count)
+            self._file.write(np.ascontiguousarray(weights, dtype=WEIGHT_DTYPE).data)
+        elif self._file is not None:
+            self._write_ones(count)
+        self._tokens += count
+
+    def files(self) -> list[Any]:
+        """The open files, for whoever makes them durable."""
+        return [self._file] if self._file is not None else []
+
+    def finish(self, lengths: Path) -> None:
+        """Close the file and write the index of the documents, from their lengths as `TokenWriter` leaves them."""
+        self.close()
+        if self.has_weights:
+            write_index(self._prefix, WEIGHT_DTYPE, lengths=lengths)
+
+    def close(self) -> None:
+        """Close the file; harmless when repeated."""
+        if self._file is not None:
+            self._file.close()
+
+    def _write_ones(self, count: int) -> None:
+        for start in range(0, count, BLOCK):
+            self._file.write(np.ones(min(BLOCK, count - start), dtype=WEIGHT_DTYPE).data)
+
+
+def write_index(prefix: Path, dtype: np.dtype[Any], *, lengths: Path | None = None) -> None:
+    """Write `<prefix>.idx` from `<prefix>.lengths` or another file like it, every document one sequence."""
+    path = lengths_path(prefix) if lengths is None else lengths
+    count = path.stat().st_size // 4
+    sizes = np.memmap(path, dtype="<i4", mode="r") if count else np.empty(0, dtype="<i4")
     blocks = range(0, count, BLOCK)
     with Path(f"{prefix}.idx").open("wb") as file:
         file.write(HEADER.pack(MAGIC, VERSION, DType.code_from_dtype(dtype.type), count, count + 1))
         for start in blocks:
-            file.write(lengths[start : start + BLOCK].tobytes())
+            file.write(sizes[start : start + BLOCK].tobytes())
         offset = 0
         for start in blocks:
-            ends = offset + np.cumsum(lengths[start : start + BLOCK], dtype="<i8") * dtype.itemsize
+            ends = offset + np.cumsum(sizes[start : start + BLOCK], dtype="<i8") * dtype.itemsize
             file.write(np.concatenate([np.array([offset], dtype="<i8"), ends[:-1]]).tobytes())
             offset = int(ends[-1])
         for start in range(0, count + 1, BLOCK):

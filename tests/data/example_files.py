@@ -8,7 +8,7 @@ import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 
-def write_pair(prefix: str | Path, documents: list[list[int]], dtype: type = np.int32) -> None:
+def write_pair(prefix: str | Path, documents: list[list[int]] | list[list[float]], dtype: type = np.int32) -> None:
     """Write `<prefix>.bin/.idx`."""
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
     for document in documents:

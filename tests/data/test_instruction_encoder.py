@@ -43,6 +43,15 @@ def test_the_response_and_eos_count(folder: Path) -> None:
     ]  # fmt: skip
 
 
+def test_eos_weighs_what_the_response_weighs(folder: Path) -> None:
+    settings = InstructionSettings(prepend_bos=True)
+    record = {"prompt": "q", "response": "one!", "weight": 0.5}
+    [example] = settings.build(load_tokenizer(folder)).encode([record])
+    assert isinstance(example, Encoded) and example.weights is not None
+    assert tokens(folder, example) == [("<s>", 0), ("q", 0), ("one", 2), ("!", 2), ("</s>", 2)]
+    assert example.weights.tolist() == [1, 1, 0.5, 0.5, 0.5]
+
+
 def test_a_token_of_both_counts(folder: Path) -> None:
     example = encode(folder, {"prompt": "an on", "response": "e"}, append_eos=False)
     assert tokens(folder, example) == [("a", 0), ("n", 0), (" ", 0), ("one", 2)]
