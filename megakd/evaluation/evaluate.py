@@ -22,7 +22,10 @@ _Pair = tuple[dict[str, Tensor], DenseSignal | None]
 
 @dataclass(frozen=True)
 class Scores:
-    """Means over held-out tokens, in nats; the teacher's are None where there is no teacher."""
+    """Means over held-out tokens by their weights, in nats; the teacher's are None where there is no teacher.
+
+    `num_tokens` counts those whose weight is not 0.
+    """
 
     num_tokens: int
     cross_entropy: float
@@ -51,16 +54,16 @@ def evaluate(
     """Run the model forward over held-out microbatches, `window` of them at a time.
 
     Args:
-        microbatches: batches of one shape on every rank; `loss_mask` says which tokens count.
+        microbatches: batches of one shape on every rank; `loss_mask` has tokens' weights, 0 where one does not count.
         vocab_size: shared vocabulary of student and teacher.
 
     Returns:
         The same scores on every rank. KL is of the teacher from the student at temperature 1; agreement is the share
-        of tokens where both have the same most probable next token.
+        of the weight where both have the same most probable next token.
     """
     was_training = model.training
     model.eval()
-    sums = torch.zeros(5, dtype=torch.float64)
+    sums = torch.zeros(6, dtype=torch.float64)
 
     def forward_step(pairs: Iterator[_Pair], stage: torch.nn.Module) -> tuple[Any, Callable[..., Tensor]]:
         batch, signal = next(pairs)
@@ -76,8 +79,10 @@ def evaluate(
             columns = [torch.ones_like(weights), statistics.ce]
             if statistics.agree is not None and statistics.teacher_ce is not None:
                 columns += [statistics.kd, statistics.agree, statistics.teacher_ce]
-            counted = weights != 0
-            return torch.stack([column[counted].double().sum() for column in columns])
+            counted = weights != 0  # what rows without weight hold may be no number
+            factors = weights[counted].double()
+            sums_of = [(column[counted].double() * factors).sum() for column in columns]
+            return torch.stack([torch.count_nonzero(weights).double(), *sums_of])
 
         return run_stage(stage, batch), measure
 
@@ -118,10 +123,10 @@ def _windows(items: Iterable[dict[str, Tensor]], size: int) -> Iterator[list[dic
 
 
 def _scores(sums: Tensor, has_teacher: bool) -> Scores:
-    count, *totals = sums.tolist()
+    count, weight_sum, *totals = sums.tolist()
     if not count:
         raise ValueError("no held-out token was counted")
-    ce, kd, agree, teacher_ce = (total / count for total in totals)
+    ce, kd, agree, teacher_ce = (total / weight_sum for total in totals)
     perplexity = math.exp(min(ce, 700.0))
     if not has_teacher:
         return Scores(int(count), ce, perplexity)

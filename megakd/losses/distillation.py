@@ -54,8 +54,8 @@ def distillation_loss(
 
     student_hidden: [n, h], or [n/tp, h] under `sequence_parallel`; n = s * b rows in (s, b) order.
     student_head: [v/tp, h], this rank's rows of the padded vocabulary.
-    labels, token_weights: [n] on every rank. A weight of 0 hides its token, whose label, hidden states and
-        probabilities may be anything, NaN too. No gradient flows to the weights or to the teacher.
+    labels, token_weights: [n] on every rank, weights finite and at least 0. A weight of 0 hides its token, whose label,
+        hidden states and probabilities may be anything, NaN too. No gradient flows to the weights or to the teacher.
     signal: the teacher's side: its hidden states and head, or k ids per token with their probabilities (forward_kl
         only); None for the cross-entropy alone, which wants kd_weight 0.
     vocab_size: ids that exist, the smaller of the two models' vocab_size; columns beyond take part in nothing.
@@ -113,7 +113,7 @@ def distillation_loss(
         grad_scale=grad_scale,
     )
     total, kd, ce = _FusedLoss.apply(student_hidden, student_head, inputs, wanted)  # type: ignore[no-untyped-call]
-    return LossSums(total, kd, ce, torch.count_nonzero(token_weights))
+    return LossSums(total, kd, ce, torch.count_nonzero(token_weights), token_weights.sum(dtype=torch.float64))
 
 
 @dataclass(frozen=True)

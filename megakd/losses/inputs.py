@@ -181,10 +181,13 @@ def _check_labels(labels: Tensor, token_weights: Tensor, vocab_size: int) -> Non
     """Refuse labels outside the vocabulary that have a weight, and weights that are no weights."""
     not_weights = ~((token_weights >= 0) & token_weights.isfinite())
     if labels.is_cuda:
-        torch._assert_async(~not_weights.any(), "token_weights must be at least 0")
+        torch._assert_async(~not_weights.any(), "token_weights must be finite and at least 0")
     elif not_weights.any():
         row = int(not_weights.nonzero()[0])
-        raise ValueError(f"token_weights is {token_weights[row].item():g} in row {row}; it must be at least 0.")
+        raise ValueError(
+            f"token_weights is {token_weights[row].item():g} in row {row}; it must be finite and at least 0. Use 0 to "
+            "hide a token."
+        )
     wrong = ((labels < 0) | (labels >= vocab_size)) & (token_weights != 0)
     rule = f"labels with a weight must be at least 0 and below vocab_size {vocab_size}"
     if labels.is_cuda:

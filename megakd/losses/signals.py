@@ -57,12 +57,14 @@ class LossSums:
         that carries a gradient.
     kd, ce: nats, before their weights and the T^2 factor.
     num_tokens: int64, tokens whose weight is not 0.
+    weight_sum: float64, what means are divided by; exactly num_tokens where those weights are 1.
     """
 
     total: Tensor
     kd: Tensor
     ce: Tensor
     num_tokens: Tensor
+    weight_sum: Tensor
 
 
 @dataclass(frozen=True)

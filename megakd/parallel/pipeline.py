@@ -22,13 +22,30 @@ ForwardStep = Callable[[Any, torch.nn.Module], tuple[Any, Callable[..., Any]]]
 class GradientWindows:
     """A step in several calls of `run_pipeline`: gradients add up, and are finalised once, at the end of the last.
 
+    Finalising divides them by the sum of weights, over all calls and data ranks.
+
     Args:
         count: calls of the step.
     """
 
     def __init__(self, count: int) -> None:
         self._left = count
-        self._tokens: torch.Tensor | None = None
+        self._weight_sum: torch.Tensor | None = None  # of this rank, fp64; None before the last stage's first loss
+
+    def with_weights(self, forward_step: ForwardStep) -> ForwardStep:
+        """A forward step for the schedule, which counts in whole numbers: the losses' weights are added up here."""
+
+        def step(microbatches: Any, model: torch.nn.Module) -> tuple[Any, Callable[..., Any]]:
+            output, function = forward_step(microbatches, model)
+
+            def loss(output: Any) -> tuple[torch.Tensor, torch.Tensor, Any]:
+                total, weight_sum, record = function(output)
+                self._weight_sum = weight_sum if self._weight_sum is None else self._weight_sum + weight_sum
+                return total, torch.zeros([], dtype=torch.int), record
+
+            return output, loss
+
+        return step
 
     @contextmanager
     def window(self, model: torch.nn.Module) -> Iterator[None]:
@@ -40,9 +57,10 @@ class GradientWindows:
         finalize, no_sync = config.finalize_model_grads_func, config.no_sync_func
 
         def collect(model: Any, num_tokens: torch.Tensor, **settings: Any) -> None:
-            self._tokens = num_tokens.clone() if self._tokens is None else self._tokens + num_tokens
             if is_last:
-                finalize(model, self._tokens, **settings)
+                # megatron-core hears the last stage's sum on the others, adds up data ranks and divides.
+                weights = torch.zeros_like(num_tokens, dtype=torch.float64)
+                finalize(model, weights if self._weight_sum is None else weights + self._weight_sum, **settings)
 
         config.finalize_model_grads_func = collect
         if not is_last:
@@ -72,15 +90,19 @@ def run_pipeline(
     Args:
         windows: the step that these microbatches are a part of, where they are not all of it.
         forward_step: called as `forward_step(iterator, model)` on every stage; returns the stage's output and a
-            function of it, called on the last stage. In training that function returns (loss sum, token count, record);
-            with `forward_only` it returns the record alone.
+            function of it, called on the last stage. In training that function returns (loss sum, sum of weights in
+            fp64, record); with `forward_only` it returns the record alone.
         microbatches: what the iterator yields, `num_microbatches` of them, on every stage alike.
 
     Returns:
         The records in order on the last stage, an empty list on the others.
     """
+    if windows is None and not forward_only:
+        windows = GradientWindows(1)
     arguments: dict[str, Any] = {
-        "forward_step_func": _with_tensor_output(forward_step) if forward_only else forward_step,
+        "forward_step_func": (
+            _with_tensor_output(forward_step) if windows is None else windows.with_weights(forward_step)
+        ),
         "data_iterator": iter(microbatches),
         "model": model,
         "num_microbatches": num_microbatches,

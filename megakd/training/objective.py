@@ -35,7 +35,7 @@ def describe_loss(distill: DistillSection, num_rows: int, local_vocab: int, devi
 
 @dataclass(frozen=True)
 class Objective:
-    """kd_weight * T^2 * divergence + ce_weight * cross-entropy, summed over the tokens that count.
+    """kd_weight * T^2 * divergence + ce_weight * cross-entropy, summed over the tokens with their weights.
 
     Attributes:
         vocab_size: the vocabulary student and teacher share; columns beyond it count for neither.
@@ -69,11 +69,11 @@ class Objective:
     def __call__(
         self, hidden_and_head: tuple[Tensor, Tensor], batch: Batch, signal: Signal
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns (loss sum with its gradient, token count, record [4]: total, kd, ce, tokens in fp64).
+        """Returns (loss sum with its gradient, sum of weights, record [5]: total, kd, ce, tokens and weights in fp64).
 
         Args:
             hidden_and_head: ([s, b, h], or [s/tp, b, h] under sequence parallelism; [v/tp, h]).
-            batch: tokens, labels, loss_mask [b, s].
+            batch: tokens, labels, loss_mask [b, s], the last with each token's weight, 0 where it does not count.
         """
         hidden, head = hidden_and_head
         sums = distillation_loss(
@@ -97,5 +97,5 @@ class Objective:
             chunk_mib=self.distill.loss_chunk_mib,
             main_grad=head.main_grad if self.accumulate_main_grad else None,  # type: ignore[attr-defined]
         )
-        record = torch.stack([x.detach().double() for x in (sums.total, sums.kd, sums.ce, sums.num_tokens)])
-        return sums.total, sums.num_tokens.int(), record
+        figures = (sums.total, sums.kd, sums.ce, sums.num_tokens, sums.weight_sum)
+        return sums.total, sums.weight_sum, torch.stack([figure.detach().double() for figure in figures])

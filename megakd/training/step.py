@@ -1,4 +1,4 @@
-"""One optimizer step: the teacher's window, the student's schedule over it, one division by the token count."""
+"""One optimizer step: the teacher's window, the student's schedule over it, one division by the sum of weights."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ from megakd.training.objective import Batch, Objective, Signal
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step reports: means per counted token over the global batch, the same on every rank.
+    """What a step reports: means over the global batch's tokens by their weights, the same on every rank.
 
-    Of a step with `skipped`, weights and optimizer are as they were: its loss or a gradient is not finite.
+    `tokens` counts those whose weight is not 0. Of a step with `skipped`, student and optimizer are as they were: its
+    loss or a gradient is not finite.
     """
 
     loss: float
@@ -43,13 +44,13 @@ def accumulate_gradients(
     clock: StepClock = NOT_TIMED,
     signal_window: int | None = None,
 ) -> torch.Tensor:
-    """Fill the student's gradient buffers for this global batch, divided once by its token count.
+    """Fill the student's gradient buffers for this global batch, divided once by its sum of token weights.
 
     Args:
         signal_window: microbatches that the teacher and then the student go through at a time; None: all.
 
     Returns:
-        Sums [4] of total, kd, ce and tokens over the global batch, on every rank.
+        Sums [5] of total, kd, ce, tokens and their weights over the global batch, on every rank.
     """
     with clock.during(OPTIMIZER):
         student.model.zero_grad_buffer()
@@ -63,7 +64,7 @@ def accumulate_gradients(
             with clock.during(TEACHER):
                 signals = teacher.signals(window)
         records += _run_student(student, objective, window, signals, windows)
-    sums = torch.stack(records).sum(0) if records else torch.zeros(4, dtype=torch.float64)
+    sums = torch.stack(records).sum(0) if records else torch.zeros(5, dtype=torch.float64)
     return sum_over_ranks(sums, student.mesh)
 
 
@@ -118,8 +119,8 @@ def train_step(
                 # megatron-core computes it only where it clips
                 grad_norm = float(optimizer.get_grad_norm() if norm is None else norm)
             platform.synchronize()
-    total, kd, ce, tokens = sums.tolist()
-    divisor = max(tokens, 1.0)
+    total, kd, ce, tokens, weight_sum = sums.tolist()
+    divisor = weight_sum or 1.0  # sums over no token are 0
     return StepResult(
         loss=total / divisor,
         kd_loss=kd / divisor,

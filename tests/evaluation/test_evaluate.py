@@ -30,7 +30,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def expected_scores(folder: Path, counted: int) -> dict[str, float]:
+def weights_of(labels: torch.Tensor) -> torch.Tensor:
+    """Some weight for each label, of one in seven none."""
+    return (labels % 7) / 3
+
+
+def expected_scores(folder: Path, counted: int, *, weighted: bool = False) -> dict[str, float]:
     student = LlamaForCausalLM.from_pretrained(folder / "student", dtype=torch.float64).eval()
     teacher = LlamaForCausalLM.from_pretrained(folder / "teacher", dtype=torch.float64).eval()
     text = torch.from_numpy(np.array(learnable_tokens(HELD_OUT * SEQUENCE + 1)[::-1]))
@@ -39,27 +44,36 @@ def expected_scores(folder: Path, counted: int) -> dict[str, float]:
         log_q = student(windows[:, :-1]).logits.log_softmax(-1).flatten(0, 1)[:counted]
         log_p = teacher(windows[:, :-1]).logits.log_softmax(-1).flatten(0, 1)[:counted]
     labels = windows[:, 1:].reshape(-1, 1)[:counted]
-    ce = -log_q.gather(1, labels).mean().item()
+    weights = weights_of(labels[:, 0]).double() if weighted else torch.ones(len(labels), dtype=torch.float64)
+
+    def mean(figures: torch.Tensor) -> float:
+        return float((weights * figures).sum() / weights.sum())
+
+    ce = -mean(log_q.gather(1, labels)[:, 0])
     return {
-        "num_tokens": counted,
+        "num_tokens": int((weights > 0).sum()),
         "cross_entropy": ce,
         "perplexity": math.exp(ce),
-        "kl_to_teacher": (log_p.exp() * (log_p - log_q)).sum(1).mean().item(),
-        "agreement": (log_p.argmax(1) == log_q.argmax(1)).double().mean().item(),
-        "teacher_cross_entropy": -log_p.gather(1, labels).mean().item(),
+        "kl_to_teacher": mean((log_p.exp() * (log_p - log_q)).sum(1)),
+        "agreement": mean((log_p.argmax(1) == log_q.argmax(1)).double()),
+        "teacher_cross_entropy": -mean(log_p.gather(1, labels)[:, 0]),
     }
 
 
-def scores(values: dict[str, Any]) -> dict[str, Any]:
+def scores(values: dict[str, Any], factor: float | None = None) -> dict[str, Any]:
+    """With a factor tokens have `weights_of` their labels, times that."""
     from megakd.evaluation import evaluate
     from megakd.training.held_out import held_out_batches
     from megakd.training.train_data import open_held_out_data
 
     run = build(values)
+    batches = list(held_out_batches(run.config, open_held_out_data(run.config, "valid"), run.mesh, run.platform.device))
+    for batch in batches if factor is not None else []:
+        batch["loss_mask"] *= factor * weights_of(batch["labels"])
     return evaluate(
         run.student.model,
         run.mesh,
-        held_out_batches(run.config, open_held_out_data(run.config, "valid"), run.mesh, run.platform.device),
+        batches,
         run.teacher,
         vocab_size=run.objective.vocab_size,
         chunk_mib=None,
@@ -78,3 +92,14 @@ def test_scores_equal_transformers(
     expected = expected_scores(folder, max_tokens or HELD_OUT * SEQUENCE)
     for found in run_ranks(world_size, scores, values):
         assert found == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_weighted_scores_equal_transformers(folder: Path, name: str, run_ranks: Callable[..., list[Any]]) -> None:
+    world_size, settings = LAYOUTS[name]
+    values = run_values(folder, **settings, data__valid=str(folder / "held_out"))
+    expected = expected_scores(folder, HELD_OUT * SEQUENCE, weighted=True)
+    assert expected["num_tokens"] < HELD_OUT * SEQUENCE
+    found = run_ranks(world_size, scores, values, 1.0)
+    assert all(rank == pytest.approx(expected, rel=1e-5) for rank in found)
+    assert run_ranks(world_size, scores, values, 0.5) == found

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megakd.losses import DenseSignal, SparseSignal, TokenStatistics, distillation_loss, token_statistics
-from tests.losses.reference import Answer, Case
+from tests.losses.reference import Answer, Case, relative
 
 LAYOUTS = [(1, False), (2, False), (2, True), (4, False), (4, True)]
 
@@ -47,6 +47,8 @@ def fused_on_rank(
     )
     sums.total.backward()
     assert sums.num_tokens.dtype == torch.int64 and sums.num_tokens == (case.token_weights != 0).sum()
+    weight_sum = case.token_weights.double().sum()
+    assert sums.weight_sum.dtype == torch.float64 and relative(sums.weight_sum, weight_sum) < 1e-15
     return Answer(sums.total.detach(), sums.kd, sums.ce, hidden.grad, head.grad)
 
 

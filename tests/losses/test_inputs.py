@@ -27,7 +27,7 @@ def call(label: int = 1, weight: float = 1.0, **changes: Any) -> Any:
 
 
 def test_the_unchanged_call_works():
-    assert call().num_tokens == 3
+    assert call().num_tokens == call().weight_sum == 3
 
 
 @pytest.mark.parametrize("label", [18, 19, 20, -1, -100])
@@ -77,7 +77,8 @@ def test_token_statistics_refuse_it_too():
         ({"kd_weight": float("nan")}, "kd_weight is nan; it must be a number of at least 0"),
         ({"ce_weight": -1.0}, r"ce_weight is -1\.0; it must be a number of at least 0"),
         ({"sequence_parallel": True}, "sequence_parallel is set without tp_group"),
-        ({"weight": float("nan")}, "token_weights is nan in row 1; it must be at least 0"),
+        ({"weight": float("nan")}, "token_weights is nan in row 1; it must be finite and at least 0"),
+        ({"weight": float("inf")}, "token_weights is inf in row 1; it must be finite and at least 0"),
         ({"weight": -0.5}, r"token_weights is -0\.5 in row 1"),
         ({"main_grad": torch.zeros(20, 4, dtype=torch.int64)}, r"main_grad is torch\.int64; it must be float32"),
         ({"signal": DenseSignal(torch.zeros(2, 6), torch.zeros(20, 6))}, r"signal.hidden is \[2, 6\]"),
@@ -99,7 +100,8 @@ def test_no_tokens_at_all():
             **{**GOOD, "kd_weight": 0.0},
         )
     )
-    assert {name: value.item() for name, value in empty.items()} == {"total": 0, "kd": 0, "ce": 0, "num_tokens": 0}
+    assert set(empty) == {"total", "kd", "ce", "num_tokens", "weight_sum"}
+    assert {value.item() for value in empty.values()} == {0}
 
 
 @pytest.mark.parametrize("rows", [18, 19, 152])

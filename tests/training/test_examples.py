@@ -12,7 +12,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from megakd.training.loop import distill
-from tests.data.example_files import write_examples
+from tests.data.example_files import write_examples, write_pair
 from tests.training.layout_run import gather_gradients
 from tests.training.runs import SEQUENCE, VOCAB, build, layout, run_values, write_run_files
 
@@ -41,30 +41,49 @@ def chat_examples() -> list[tuple[list[int], list[int]]]:
     return examples
 
 
+def chat_weights(name: str) -> list[list[float]]:
+    """Weights of the examples' tokens: ones for "chat", else such as differ within examples and between them."""
+    draw = np.random.default_rng(6)
+    weights = [draw.uniform(0.1, 1.0, len(ids)) * (1 + number) for number, (ids, _) in enumerate(chat_examples())]
+    return [(np.ones_like(one) if name == "chat" else one.astype(np.float32)).tolist() for one in weights]
+
+
+def write_weighted_examples(prefix: Path) -> None:
+    """The examples with weights."""
+    write_examples(prefix, chat_examples())
+    write_pair(f"{prefix}.weight", chat_weights("weighted"), np.float32)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = write_run_files(tmp_path_factory.mktemp("files"))
     write_examples(folder / "chat", chat_examples())
+    write_weighted_examples(folder / "weighted")
     return folder
 
 
 @pytest.fixture(scope="module")
-def expected(folder: Path) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Sums and gradient over all examples, each alone in transformers."""
+def expected(folder: Path) -> dict[str, tuple[list[float], dict[str, torch.Tensor]]]:
+    """Sums and gradient over all examples, each alone in transformers, by data set."""
+    return {name: alone_in_transformers(folder, name) for name in ("chat", "weighted")}
+
+
+def alone_in_transformers(folder: Path, name: str) -> tuple[list[float], dict[str, torch.Tensor]]:
     student = LlamaForCausalLM.from_pretrained(folder / "student", dtype=torch.float64)
     teacher = LlamaForCausalLM.from_pretrained(folder / "teacher", dtype=torch.float64).eval()
-    kd, ce, count = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64), 0
-    for ids, mask in chat_examples():
+    kd, ce, total, count = *(torch.zeros((), dtype=torch.float64) for _ in range(3)), 0
+    for (ids, mask), each in zip(chat_examples(), chat_weights(name), strict=True):
         tokens = torch.tensor([ids])
         counts = torch.tensor(mask[1:]) > 0
+        weights = torch.tensor(each[1:], dtype=torch.float64) * counts
         log_q = student(tokens).logits[0, :-1].log_softmax(-1)
         with torch.no_grad():
             log_p = teacher(tokens).logits[0, :-1].log_softmax(-1)
-        kd = kd + ((log_p.exp() * (log_p - log_q)).sum(-1))[counts].sum()
-        ce = ce - log_q.gather(-1, tokens[0, 1:, None])[counts].sum()
-        count += int(counts.sum())
-    ((0.5 * kd + ce) / count).backward()
-    sums = [(0.5 * kd + ce).item(), kd.item(), ce.item(), float(count)]
+        kd = kd + weights @ (log_p.exp() * (log_p - log_q)).sum(-1)
+        ce = ce - weights @ log_q.gather(-1, tokens[0, 1:, None]).squeeze(-1)
+        total, count = total + weights.sum(), count + int(counts.sum())
+    ((0.5 * kd + ce) / total).backward()
+    sums = [(0.5 * kd + ce).item(), kd.item(), ce.item(), float(count), total.item()]
     gradient = {name: parameter.grad for name, parameter in student.named_parameters() if parameter.grad is not None}
     assert len(gradient) == len(dict(student.named_parameters()))
     return sums, gradient
@@ -83,18 +102,20 @@ def sums_and_gradient(values: dict[str, Any]) -> tuple[list[float], dict[str, to
     return run.accumulate(parts[run.mesh.dp_rank :: run.mesh.dp_size]), gather_gradients(run.student)
 
 
+@pytest.mark.parametrize("data", ["chat", "weighted"])
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_the_gradient_is_that_of_the_examples(
     folder: Path,
-    expected: tuple[list[float], dict[str, torch.Tensor]],
+    expected: dict[str, tuple[list[float], dict[str, torch.Tensor]]],
     name: str,
+    data: str,
     run_ranks: Callable[..., list[Any]],
 ) -> None:
     world_size, settings = LAYOUTS[name]
-    values = run_values(folder, data__train=str(folder / "chat"), **settings)
+    values = run_values(folder, data__train=str(folder / data), **settings)
     for sums, gradient in run_ranks(world_size, sums_and_gradient, values):
-        assert sums == pytest.approx(expected[0], rel=1e-6)
-        for key, wanted in expected[1].items():
+        assert sums == pytest.approx(expected[data][0], rel=1e-6)
+        for key, wanted in expected[data][1].items():
             assert (gradient[key] - wanted).norm() < 1e-5 * wanted.norm(), key
 
 
