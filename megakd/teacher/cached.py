@@ -99,7 +99,8 @@ class CachedTeacher:
             raise UserError(
                 f"{self._reader.folder}: position {int(missing[0])} of sample {self._cached_id(sample_id)} counts in "
                 "this run and is not stored; the cache was written with fewer tokens in the loss (data.loss_on, "
-                "data.eod_mask_loss). Write the cache again with this run's settings."
+                "data.eod_mask_loss, the data's mask and weights). Write the cache again with this run's settings and "
+                "data."
             )
 
 

@@ -17,7 +17,9 @@ from megakd.common.logging import log
 from megakd.config.layouts import TEACHER_PLACING
 from megakd.config.problems import show
 from megakd.config.schema import Config
+from megakd.data.examples import has_weights
 from megakd.data.identity import file_hash
+from megakd.data.indexed import WEIGHT_ENDING
 from megakd.training.teacher_cache import describe_part, model_hash
 from megakd.training.train_data import TrainData
 
@@ -65,8 +67,12 @@ def describe_contents(config: Config, data: TrainData) -> dict[str, str]:
     """Hashes of the files that decide what is learnt, by what names them; see data.identity.file_hash."""
     contents = {}
     for part in data.parts:
-        description = describe_part(config, part)
-        contents[f"the contents of data.train {part.source.path}"] = description["files"] + description.get("mask", "")
+        prefix, description = part.source.path, describe_part(config, part)
+        found = description["files"] + description.get("mask", "")
+        if part.of_examples and has_weights(prefix, "data.train"):
+            # No part of what makes samples: a teacher says the same of them, whatever they weigh.
+            found += file_hash(f"{prefix}{WEIGHT_ENDING}.idx", f"{prefix}{WEIGHT_ENDING}.bin")
+        contents[f"the contents of data.train {prefix}"] = found
     if config.teacher is not None:
         path = Path(config.teacher.path)
         if config.teacher.source == "online":

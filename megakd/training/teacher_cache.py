@@ -236,7 +236,15 @@ def _difference(wanted: dict[str, Any], cached: dict[str, Any]) -> tuple[str, An
 def _told(problem: tuple[str, Any, Any], part: DataPart, reader: CacheReader, data_sets: int) -> str:
     key, wanted, cached = problem
     prefix, folder = part.source.path, reader.folder
-    if key in ("kind", "files", "mask", "samples"):
+    if key == "mask":
+        teacher = reader.manifest.notes.get("teacher", "TEACHER")
+        return (
+            f"data.train: {prefix} has the tokens that {folder} was written from and another mask of which of them "
+            "count: the data was written again with other mask rules or flags, so positions that this run needs are "
+            "not those in the cache. Write it again: ./launch.sh cache CONFIG teacher.source=online "
+            f"teacher.path={teacher} cache.path={folder} --overwrite"
+        )
+    if key in ("kind", "files", "samples"):
         told = "of another data set" if data_sets == 1 else f"of {data_sets} other data sets"
         names = ", ".join(str(name) for name in reader.manifest.notes.get("data", ())) or "unknown"
         return f"data.train: {folder} is {told} than {prefix} (written from {names}). Write a cache of this data."

@@ -15,9 +15,9 @@ import torch
 from megakd.cache.manifest import Manifest
 from megakd.cache.reader import CacheReader
 from megakd.common.errors import UserError
-from megakd.config.load import config_from_dict
+from megakd.config.load import config_from_dict, load_config
 from megakd.training.loop import distill
-from megakd.training.preflight import preflight
+from megakd.training.preflight import preflight, preflight_cache
 from megakd.training.teacher_cache import cache_codec
 from tests.data.example_files import write_examples
 from tests.training.layout_run import gather_gradients
@@ -31,7 +31,7 @@ from tests.training.runs import (
     write_run_files,
     write_tokens,
 )
-from tests.training.test_examples import chat_examples
+from tests.training.test_examples import chat_examples, write_weighted_examples
 
 EVERY_ID = {"cache__mode": "topk", "cache__k": VOCAB, "cache__log_probability_bits": 32}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -53,6 +53,7 @@ DATA: dict[str, dict[str, Any]] = {
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = write_run_files(tmp_path_factory.mktemp("files"), samples=40)
     write_examples(folder / "chat", chat_examples())
+    write_weighted_examples(folder / "weighted")
     return folder
 
 
@@ -126,6 +127,51 @@ def test_with_every_id_the_gradient_is_the_teacher_s(
     expected = run_ranks(1, first_step, values(folder, **DATA[data], **mixed))[0]
     assert manifest.rows > 0
     assert_same(actual, expected, 1e-5)
+
+
+def test_a_cache_serves_whatever_its_tokens_weigh(
+    run_ranks: Callable[..., list[Any]], folder: Path, tmp_path: Path
+) -> None:
+    """Written from data without weights, read with the same data with weights."""
+    write(run_ranks, 1, values(folder, data__train="chat", data__packing=True, **EVERY_ID), tmp_path / "cache")
+    world, where = LAYOUTS["tp2_pp2"]
+    settings = {"data__train": "weighted", "data__packing": True, "distill__ce_weight": 0.5}
+    found = from_cache(folder, tmp_path / "cache", **settings, **where)
+    preflight(config_from_dict(found), world)
+    expected = run_ranks(1, first_step, values(folder, **settings))[0]
+    assert expected[0][4] != expected[0][3]
+    assert_same(run_ranks(world, first_step, found)[0], expected, 1e-5)
+
+
+def test_a_cache_made_under_another_mask_is_written_again(
+    run_ranks: Callable[..., list[Any]], folder: Path, tmp_path: Path
+) -> None:
+    examples = chat_examples()
+    prefix = write_examples(tmp_path / "d", examples)
+    settings = {"data__train": prefix, "data__packing": True}
+    write(run_ranks, 1, values(folder, **settings), tmp_path / "cache")
+    _, mask = next(example for example in examples if 1 in example[1])
+    mask[mask.index(1)] = 3
+    write_examples(prefix, examples)
+    config = tmp_path / "run.yaml"
+    config.write_text(json.dumps(from_cache(folder, tmp_path / "cache", **settings)))
+    with pytest.raises(UserError) as refused:
+        preflight(load_config(config, []), 1)
+    message = str(refused.value)
+    assert message.startswith(
+        f"data.train: {prefix} has the tokens that {tmp_path / 'cache'} was written from and another mask of which of "
+        "them count: the data was written again with other mask rules or flags"
+    )
+    command = message.partition("./launch.sh cache CONFIG ")[2].split()
+    assert command[-1] == "--overwrite" and len(command) == 4
+    again = load_config(config, command[:-1])
+    preflight_cache(again, 1)
+    run_ranks(1, cache_on_rank, again.model_dump(), True)
+    preflight(load_config(config, []), 1)
+    # Of other tokens it is another data set, whatever the mask.
+    write_examples(prefix, [(ids[::-1], mask) for ids, mask in examples])
+    with pytest.raises(UserError, match="is of another data set than"):
+        preflight(load_config(config, []), 1)
 
 
 @pytest.mark.parametrize(

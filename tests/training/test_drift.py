@@ -18,8 +18,11 @@ from megakd.common.errors import UserError
 from megakd.config.load import config_from_dict
 from megakd.config.problems import section_of
 from megakd.config.schema import Config
-from megakd.training.drift import find_changes
+from megakd.data.identity import file_hash
+from megakd.training.drift import describe_contents, find_changes
 from megakd.training.preflight import preflight
+from megakd.training.train_data import open_train_data
+from tests.data.example_files import write_examples, write_pair
 from tests.training.interrupted import run_and_listen, run_distill, run_until_killed
 from tests.training.runs import layout, records, run_values, save_llama, write_run_files, write_tokens
 
@@ -214,3 +217,22 @@ def test_files_with_other_contents_are_refused(tmp_path: Path, place: str, run_r
         run_ranks(2, run_distill, values)
     run_ranks(1, run_distill, values, True)
     assert len(records(tmp_path)) == 6
+
+
+def test_token_weights_are_contents_too(files: Path, tmp_path: Path) -> None:
+    prefix = write_examples(tmp_path / "chat", [([1, 2, 3], [0, 2, 2]), ([4, 5], [0, 2])])
+    config = config_from_dict(run_values(files, data__train=prefix))
+    path = f"the contents of data.train {prefix}"
+
+    def contents() -> dict[str, str]:
+        return describe_contents(config, open_train_data(config))
+
+    plain = contents()
+    assert plain[path] == file_hash(f"{prefix}.idx", f"{prefix}.bin") + file_hash(
+        f"{prefix}.mask.idx", f"{prefix}.mask.bin"
+    )
+    write_pair(f"{prefix}.weight", [[1.0, 1.0, 0.5], [1.0, 1.0]], np.float32)
+    halved = contents()
+    write_pair(f"{prefix}.weight", [[1.0, 1.0, 0.25], [1.0, 1.0]], np.float32)
+    assert len({found[path] for found in (plain, halved, contents())}) == 3
+    assert all({**found, path: ""} == {**plain, path: ""} for found in (halved, contents()))
