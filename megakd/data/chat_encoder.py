@@ -25,6 +25,7 @@ from megakd.data.records import (
     MISSING_KEY,
     NO_END,
     RESPONSE,
+    SKIPPED_LAST,
     SPECIAL_TEXT,
     UNREAD_VARIABLE,
     Encoded,
@@ -201,6 +202,7 @@ def encode_examples(tokenizer: OffsetTokenizer, examples: Sequence[Example | Pro
         last_is_skipped = any(turn.last and turn.is_skipped for turn in turns)
         learned = (EARLIER, RESPONSE) if last_is_skipped else (RESPONSE,)
         if np.isin(mask, learned).any():
+            notes = (*notes, SKIPPED_LAST) if last_is_skipped else notes
             results.append(Encoded(found.ids, mask, notes, turn_weights(found, turns)))
         else:
             results.append(ALL_SKIPPED if last_is_skipped else EMPTY_RESPONSE)

@@ -40,6 +40,7 @@ class Examples:
         self._mask = TokenStream(f"{prefix}{MASK_ENDING}", key=key)
         self._weights = WeightStream(f"{prefix}{WEIGHT_ENDING}", key=key) if has_weights(prefix, key) else None
         self._key = key
+        self.loss_on = loss_on
         self._counted = _COUNTED[loss_on]
         self.lengths = self._tokens.document_lengths()
         for ending, stream in ((MASK_ENDING, self._mask), (WEIGHT_ENDING, self._weights)):
@@ -162,7 +163,7 @@ class ExampleSamples:
             each has a sample of its own. What is left of a sample is padding that does not count.
 
     Raises:
-        UserError: no example is left.
+        UserError: no example is left, or none that has a token to learn from.
     """
 
     def __init__(
@@ -192,6 +193,7 @@ class ExampleSamples:
                 f"{int(short.sum()):,} are a single token. Use a larger data.sequence_length, or another "
                 "data.truncation."
             )
+        self._check_counted()
         places = np.minimum(lengths[~dropped], sequence_length + 1).astype(np.int64) - 1
         self._packs: Packs | None = first_fit_decreasing(places, sequence_length) if packing else None
         self.num_samples = len(self._kept) if self._packs is None else len(self._packs)
@@ -207,6 +209,17 @@ class ExampleSamples:
             samples=self.num_samples,
             sequence_length=sequence_length,
         )
+
+    def _check_counted(self) -> None:
+        """Refuse examples of which nothing can be learned; reads up to the first of which something can."""
+        examples = self._examples
+        if not any(examples.read(int(place), self._part)[1][1:].any() for place in self._kept):
+            raise UserError(
+                f"{examples.prefix}: none of the {len(self._kept):,} examples that are left has a token that counts "
+                f"with data.loss_on {examples.loss_on}: their turns are flagged not to be learned, or weigh 0. Use "
+                "another data.loss_on (`all` takes what is no assistant's turn too), or write the data with turns to "
+                "learn from."
+            )
 
     def sample(self, sample_id: int) -> Sample:
         """See Samples."""

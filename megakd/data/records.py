@@ -41,6 +41,7 @@ MASK_VERSION = 2
 
 NO_END = "response without an end-of-turn token"
 EMPTY_TURN = "empty response before the last"
+SKIPPED_LAST = "last turn flagged not to be learned"
 LEFT_OUT = "text that the chat template leaves out"
 UNREAD_VARIABLE = "template variable that the chat template does not read"
 SPECIAL_TEXT = "special token's text in the content"

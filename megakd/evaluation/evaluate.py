@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megakd.common.errors import UserError
 from megakd.losses import DenseSignal, token_statistics
 from megakd.models.microbatch import run_stage
 from megakd.parallel.mesh import ModelMesh
@@ -60,6 +61,9 @@ def evaluate(
     Returns:
         The same scores on every rank. KL is of the teacher from the student at temperature 1; agreement is the share
         of the weight where both have the same most probable next token.
+
+    Raises:
+        UserError: no token counts.
     """
     was_training = model.training
     model.eval()
@@ -125,7 +129,10 @@ def _windows(items: Iterable[dict[str, Tensor]], size: int) -> Iterator[list[dic
 def _scores(sums: Tensor, has_teacher: bool) -> Scores:
     count, weight_sum, *totals = sums.tolist()
     if not count:
-        raise ValueError("no held-out token was counted")
+        raise UserError(
+            "none of the held-out tokens counts: their loss_mask is 0. Use a larger evaluation.max_tokens, another "
+            "data.loss_on, or hold out other data."
+        )
     ce, kd, agree, teacher_ce = (total / weight_sum for total in totals)
     perplexity = math.exp(min(ce, 700.0))
     if not has_teacher:

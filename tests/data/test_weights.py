@@ -302,6 +302,18 @@ def test_a_long_example_whose_rest_weighs_nothing_is_dropped(tmp_path: Path) -> 
     assert made.fit.uncounted == 1 and made.num_samples == 1
 
 
+def test_data_of_which_nothing_counts_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    skipped = WEIGHTED[3]
+    summary = write(tokenizer, tmp_path / "d", [[skipped, skipped]])
+    assert summary.noted == {"last turn flagged not to be learned": 2}
+    for loss_on in ("assistant", "all"):
+        ExampleSamples(Examples(str(tmp_path / "d"), loss_on), range(2), 8, truncation="drop", packing=True)
+    with pytest.raises(
+        UserError, match="none of the 2 examples that are left has a token that counts with data.loss_on re"
+    ):
+        ExampleSamples(Examples(str(tmp_path / "d"), "response"), range(2), 8, truncation="drop", packing=True)
+
+
 def test_inspect_shows_flags_and_weights(tmp_path: Path, tokenizer: Tokenizer) -> None:
     write(tokenizer, tmp_path / "d", [WEIGHTED])
     out = io.StringIO()

@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from megakd.common.errors import UserError
 from tests.training.runs import SEQUENCE, build, layout, learnable_tokens, run_values, write_run_files, write_tokens
 
 HELD_OUT = 13  # samples: no layout below divides it
@@ -103,3 +104,9 @@ def test_weighted_scores_equal_transformers(folder: Path, name: str, run_ranks: 
     found = run_ranks(world_size, scores, values, 1.0)
     assert all(rank == pytest.approx(expected, rel=1e-5) for rank in found)
     assert run_ranks(world_size, scores, values, 0.5) == found
+
+
+def test_held_out_data_of_which_nothing_counts_is_refused(folder: Path, run_ranks: Callable[..., list[Any]]) -> None:
+    values = run_values(folder, data__valid=str(folder / "held_out"))
+    with pytest.raises(UserError, match="none of the held-out tokens counts"):
+        run_ranks(1, scores, values, 0.0)

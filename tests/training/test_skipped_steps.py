@@ -134,9 +134,10 @@ def losses_poisoned(steps: set[int], factor: float) -> Iterator[None]:
     def poisoned(self: Any, *arguments: Any) -> Any:
         nonlocal count
         count += 1
-        total, tokens, record = call(self, *arguments)
-        wrong = (count + 3) // 4 in steps  # four microbatches a step
-        return total, tokens, record * torch.tensor([factor, factor, factor, 1.0]) if wrong else record
+        total, weight_sum, record = call(self, *arguments)
+        if (count + 3) // 4 in steps:  # four microbatches a step
+            record[:3] *= factor
+        return total, weight_sum, record
 
     objective.Objective.__call__ = poisoned  # type: ignore[method-assign]
     try:
