@@ -120,12 +120,13 @@ def steps_of_equal_weights(values: dict[str, Any], weights: list[float]) -> list
     """What a first step reports and leaves in the gradient buffers, where every token has the same weight."""
     from megakd.training.step import train_step
 
-    found = []
+    run, found = build(values), []
     for weight in weights:
-        run, batch = build(values), global_batch()
+        batch = global_batch()
         batch["loss_mask"] *= weight
+        # Without a learning rate every step is the first.
         result = train_step(
-            run.student, run.teacher, run.objective, run.optimizer, cut(run, batch), 1e-3, run.platform,
+            run.student, run.teacher, run.objective, run.optimizer, cut(run, batch), 0.0, run.platform,
             signal_window=run.signal_window,
         )  # fmt: skip
         found.append((result, gather_gradients(run.student)))
