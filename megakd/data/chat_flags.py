@@ -45,6 +45,10 @@ def message_weights(messages: Sequence[Message], name: str, record: Mapping[str,
     weights = []
     for number, message in enumerate(messages):
         own, said = _weight(message, f"{name}[{number}]"), message["role"] == ASSISTANT
+        if own and whole and not _is_kept(own * whole):
+            raise RecordError(
+                WRONG_FLAG, f"'{name}[{number}]' weighs {own:g} times the record's {whole:g}. Correct them"
+            )
         notes.update(dict.fromkeys(_unknown(message, ())))
         if said:
             notes.update(dict.fromkeys(counted(own * whole)))
@@ -114,14 +118,18 @@ def _number(value: object, name: str) -> float:
         weight = float(value) if isinstance(value, str | int | float) else math.nan
     except (ValueError, OverflowError):
         weight = math.nan
-    # As it is kept: a weight that rounds to nothing or to infinity is none.
-    with np.errstate(over="ignore", under="ignore"):
-        kept = float(np.float32(weight))
-    if not math.isfinite(kept) or kept < 0 or (kept == 0 and weight != 0):
+    if not math.isfinite(weight) or weight < 0 or not _is_kept(weight):
         raise RecordError(
             WRONG_FLAG, f"'{name}' is {value!r}; it must be a number from 0 (not learned) to 1e38. Correct it"
         )
     return weight
+
+
+def _is_kept(weight: float) -> bool:
+    """Whether float32, as weights are kept, has it: one that rounds to nothing or to infinity is none."""
+    with np.errstate(over="ignore", under="ignore"):
+        kept = float(np.float32(weight))
+    return math.isfinite(kept) and (kept > 0 or weight == 0)
 
 
 def _unknown(flags: Mapping[str, Any], known: Sequence[str]) -> Iterator[str]:

@@ -19,7 +19,7 @@ from megakd.data.fingerprint import fingerprint, write_metadata
 from megakd.data.indexed import MASK_ENDING, WEIGHT_ENDING
 from megakd.data.partial import Partial, check_outputs, output_paths
 from megakd.data.progress import InputBar, note
-from megakd.data.records import EMPTY, MASK_VERSION, MISSING_KEY, EncoderSettings, Problem
+from megakd.data.records import EMPTY, MASK_VERSION, MISSING_KEY, UNKNOWN_FLAG, EncoderSettings, Problem
 from megakd.data.sources import DocumentsSource, Source, file_sources
 from megakd.data.text_encoder import TextSettings
 from megakd.data.token_writer import TokenWriter, WeightWriter, lengths_path, token_dtype
@@ -51,12 +51,14 @@ class Summary:
     def lines(self) -> list[str]:
         """The summary as a person reads it."""
         listed = f" (listed in {self.prefix}.skipped.jsonl)" if self.dropped else ""
+        unknown = sorted(name for name in self.noted if name.startswith(UNKNOWN_FLAG))
         return [
             f"{self.prefix}.bin, .idx: {self.documents:,} documents, {self.tokens:,} tokens",
             f"longest document {self.longest:,} tokens ({self.longest_place}); "
             f"{self.tokens_per_second:,.0f} tokens/s in {self.seconds:.1f} s",
             f"dropped: {_counts(self.dropped) or 'nothing'}{listed}",
-            *([f"to know: {_counts(self.noted)}"] if self.noted else []),
+            *([f"to know: {_counts(notes)}"] if (notes := _without(self.noted, unknown)) else []),
+            *(f"warning: {self.noted[name]:,} documents have a {name}; nothing was done about it" for name in unknown),
         ]
 
 
@@ -329,6 +331,10 @@ def _kept(partial: Partial | None, sources: Sequence[Source]) -> str:
 
 def _nothing_left(prefix: Path, dropped: dict[str, int]) -> str:
     return f"no document for {prefix}: the input has {_counts(dropped) or 'none'}. Nothing was written; check --input."
+
+
+def _without(counts: dict[str, int], names: Sequence[str]) -> dict[str, int]:
+    return {name: count for name, count in counts.items() if name not in names}
 
 
 def _counts(dropped: dict[str, int]) -> str:
