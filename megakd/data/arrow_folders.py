@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from megakd.common.errors import UserError
 
-STATE, SPLITS = "state.json", "dataset_dict.json"
+STATE, INFO, SPLITS = "state.json", "dataset_info.json", "dataset_dict.json"
 # Under which names the versions of `datasets` kept the rows that a selection or a shuffle left, and their order.
 _INDICES = ("_indices_data_files", "_indices_files")
 
@@ -40,15 +42,22 @@ def shards_of(folder: Path) -> list[Path] | None:
     return shards
 
 
-def check_shard(path: Path) -> None:
-    """Raise UserError where an Arrow file is named by itself and its folder says that it is not (all of) the data."""
-    state = _read(path.parent / STATE)
-    files = None if state is None else _files(state)
-    if state is None or files is None:
-        return
-    _check_indices(path.parent, state)
-    if path.name not in files:
-        raise UserError(f"{path} is not among the files of its data set ({STATE}). Name the folder: {path.parent}")
+def check_members(paths: Sequence[Path]) -> None:
+    """Raise UserError where a file that is named by itself is of such a folder, and not a whole part of its data."""
+    for folder, members in groupby(sorted(paths), lambda path: path.parent):
+        names = [path.name for path in members]
+        if SPLITS in names:
+            shards_of(folder)  # which names the splits
+        state = _read(folder / STATE)
+        files = None if state is None else _files(state)
+        if state is None or files is None:
+            continue
+        _check_indices(folder, state)
+        others = set(names) - set(files)
+        if others:
+            raise UserError(
+                f"{folder / min(others)} is not among the files of its data set ({STATE}). Name the folder: {folder}"
+            )
 
 
 def _check_indices(folder: Path, state: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from megakd.common.errors import UserError
-from megakd.data.arrow_folders import check_shard, shards_of
+from megakd.data.arrow_folders import INFO, SPLITS, STATE, check_members, shards_of
 from megakd.data.compressed import DAMAGE, open_bytes
 from megakd.data.file_contents import Contents, Format, contents_of
 from megakd.data.json_records import UTF8_BOM, read_json, read_jsonl
@@ -110,16 +110,18 @@ class DocumentsSource:
 
 def file_sources(inputs: Sequence[str], format: Format = "auto") -> list[FileSource]:
     """The files that the inputs name, each with what it holds; raises UserError where one cannot be looked at."""
-    sources = []
+    sources: list[FileSource] = []
+    members: list[Path] = []
     for path in find_files(inputs):
         try:
             status = path.stat()
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror}). Correct its permissions.") from error
         contents = contents_of(path, format)
-        if contents.format == "arrow":
-            check_shard(path)
+        if contents.format == "arrow" or path.name in (STATE, INFO, SPLITS):
+            members.append(path)
         sources.append(FileSource(path, contents, status.st_size, status.st_mtime_ns))
+    check_members(members)
     return sources
 
 

@@ -164,7 +164,11 @@ def _batch_records(batch: Any) -> list[Record | Problem]:
         rows: list[Record] = batch.to_pylist()
     except UnicodeDecodeError:
         return [_row_record(batch, index) for index in range(batch.num_rows)]
-    return [_without_nulls(row) for row in rows]
+    import pyarrow
+
+    # Columns of plain values, such as texts, have no objects.
+    nested = any(pyarrow.types.is_nested(column.type) for column in batch.schema)
+    return [_without_nulls(row) for row in rows] if nested else [*rows]
 
 
 def _row_record(batch: Any, index: int) -> Record | Problem:

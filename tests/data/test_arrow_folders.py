@@ -68,7 +68,7 @@ def test_a_folder_of_splits_is_refused_with_their_names(tmp_path: Path) -> None:
     for split in ("train", "test"):
         save(tmp_path / "all" / split, [[split]])
     (tmp_path / "all" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
-    for named in (tmp_path / "all", tmp_path):
+    for named in (tmp_path / "all", tmp_path, tmp_path / "all" / "*.json"):
         with pytest.raises(UserError, match="all holds the splits train, test of a data set") as error:
             file_sources([str(named)])
     remedy = str(error.value).rsplit("--input ")[-1]
@@ -93,6 +93,9 @@ def test_files_that_are_missing_or_are_no_data_are_named(tmp_path: Path) -> None
         file_sources([str(folder)])
     with pytest.raises(UserError, match="cache-1.arrow is not among the files of its data set"):
         file_sources([str(stray)])
+    for name in ("state.json", "dataset_info.json"):  # as a pattern names them
+        with pytest.raises(UserError, match=f"{name} is not among the files .*Name the folder: {folder}"):
+            file_sources([f"{folder}/{name[:5]}*.json"])
     save(folder, [])
     with pytest.raises(UserError, match="state.json names no file of data"):
         file_sources([str(folder)])

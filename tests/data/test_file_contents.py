@@ -12,6 +12,7 @@ import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow
@@ -247,7 +248,7 @@ def test_only_the_first_bytes_are_looked_at(tmp_path: Path, monkeypatch: pytest.
 TEXTS = st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=12), min_size=1, max_size=5)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     texts=TEXTS,
     layout=st.sampled_from(["lines", "array", "pretty array", "pretty objects", "one after another"]),
@@ -286,3 +287,36 @@ def test_documents_are_the_values_or_nothing(
     assert len(problems) <= 1 and (problems or len(found) == len(texts) or cut is not None)
     if cut is None:
         assert found == texts
+
+
+ANY_JSON = st.recursive(
+    st.dictionaries(st.sampled_from(["text", "b"]), st.none() | st.text(max_size=4), max_size=2) | st.just([]),
+    lambda inner: st.lists(inner | st.integers() | st.text(max_size=3), max_size=3),
+    max_leaves=4,
+)
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    values=st.lists(ANY_JSON, min_size=1, max_size=4),
+    between=st.sampled_from(["", "\n", " ", "\n\n", "\r\n"]),
+    before=st.sampled_from(["", "\n", " \t", "\ufeff"]),
+    indent=st.sampled_from([None, 1]),
+    name=st.sampled_from(["a.json", "a.jsonl", "a.txt", "a", "a.md", "a.py", "a.csv", "a.parquet", "a.log"]),
+)
+def test_what_is_json_throughout_is_never_a_document_itself(
+    tmp_path_factory: pytest.TempPathFactory,
+    values: list[Any],
+    between: str,
+    before: str,
+    indent: int | None,
+    name: str,
+) -> None:
+    text = before + between.join(json.dumps(value, indent=indent) for value in values)
+    path = tmp_path_factory.mktemp("fuzz") / name
+    path.write_text(text)
+    allowed = [
+        one.get("text") for one in [*values, *(one for value in values for one in value)] if isinstance(one, dict)
+    ]
+    for _, value in items_of(path):
+        assert isinstance(value, Problem) or value["text"] in allowed

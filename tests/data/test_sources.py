@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import os
 import tracemalloc
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -103,6 +104,16 @@ def test_a_file_that_cannot_be_opened_is_a_problem_of_it(tmp_path: Path) -> None
     for format in formats:
         source = FileSource(tmp_path / "gone", Contents(format), 1, 0)
         assert reasons_of(list(source.read(["text"], Position()))) == [(1, "damaged file")]
+
+
+def test_what_was_found_in_a_file_is_part_of_what_it_is(tmp_path: Path) -> None:
+    known = set()
+    for data in (b'{"text":"a"}\n{}', b'[{"text":"ab"}]', b'{"text":"a"}{}\n', b"a text of fifteen"[:15]):
+        (tmp_path / "in").write_bytes(data)
+        os.utime(tmp_path / "in", ns=(1, 1))
+        (source,) = file_sources([str(tmp_path / "in")])
+        known.add((source.size, json.dumps(source.identity())))
+    assert {size for size, _ in known} == {15} and len(known) == 3  # the first array and the objects are one format
 
 
 CELLS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=8)
