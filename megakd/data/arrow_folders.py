@@ -11,6 +11,7 @@ from typing import Any
 from megakd.common.errors import UserError
 
 STATE, INFO, SPLITS = "state.json", "dataset_info.json", "dataset_dict.json"
+LARGEST = 1 << 26  # bytes, far above that of thousands of files; what is larger is data of such a name
 # Under which names the versions of `datasets` kept the rows that a selection or a shuffle left, and their order.
 _INDICES = ("_indices_data_files", "_indices_files")
 
@@ -78,7 +79,8 @@ def _files(state: dict[str, Any]) -> list[str] | None:
 
 def _read(path: Path) -> dict[str, Any] | None:
     try:
-        found = json.loads(path.read_bytes()) if path.is_file() else None
+        is_small = path.is_file() and path.stat().st_size <= LARGEST
+        found = json.loads(path.read_bytes()) if is_small else None
     except (OSError, ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None

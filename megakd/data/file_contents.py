@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO, Literal
 
 from megakd.data.compressed import BYTE_ORDER_MARKS, DAMAGE, UTF8, Packing, inner_suffix, open_bytes, packing_of
-from megakd.data.json_records import Cut, read_value
+from megakd.data.json_records import UTF8_BOM, Cut, read_value
 from megakd.data.records import Problem
 
 Format = Literal["auto", "jsonl", "json", "csv", "parquet", "arrow", "text"]
@@ -104,11 +104,11 @@ def contents_of(path: Path, format: Format = "auto") -> Contents:
     table = _table(head)
     if table is not None:
         return Contents(table, packing, problem=_packed_again(table, packing))
-    problem = problem or _other_format(head, packing)
+    text = head.decode(encoding, "replace" if encoding != UTF8 else "surrogateescape").removeprefix("\ufeff")
+    problem = _other_format(head if encoding == UTF8 else text.encode(), packing) or problem
     if problem is not None:
         return Contents("text", packing, encoding, problem)
-    text = head.removeprefix(_mark_of(head)).decode(encoding, "replace" if encoding != UTF8 else "surrogateescape")
-    found = _json_format(text.removeprefix("\ufeff"), whole, suffix) or by_ending
+    found = _json_format(text, whole, suffix) or by_ending
     return Contents(found, packing, encoding, _refusal(found, suffix, text))
 
 
@@ -136,6 +136,7 @@ def _other_format(head: bytes, packing: Packing) -> Problem | None:
     inner = packing_of(head)
     if inner != "plain":
         return _packed_again(inner, packing)
+    head = head.removeprefix(UTF8_BOM)
     for pattern, name, remedy in _PATTERNS:
         if pattern.match(head):
             return Problem(ANOTHER_FORMAT, f"it looks like {name}", remedy)
@@ -148,15 +149,11 @@ def _packed_again(inner: str, packing: Packing) -> Problem | None:
     return Problem(ANOTHER_FORMAT, f"it looks like {inner} inside {packing}", _UNPACK)
 
 
-def _mark_of(head: bytes) -> bytes:
-    return next((mark for mark in BYTE_ORDER_MARKS if head.startswith(mark)), b"")
-
-
 def _encoding_of(head: bytes) -> tuple[str, Problem | None]:
     """The encoding that the byte order mark names, or the problem that there is none and it is UTF-16 or UTF-32."""
-    mark = _mark_of(head)
-    if mark:
-        return BYTE_ORDER_MARKS[mark], None
+    for mark, encoding in BYTE_ORDER_MARKS.items():
+        if head.startswith(mark):
+            return encoding, None
     for name, zero, other in (("UTF-16LE", 1, 0), ("UTF-16BE", 0, 1)):
         # Every second byte of mostly Latin letters and signs is zero, and no other one.
         zeros = head[zero::2].count(0)

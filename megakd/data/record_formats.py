@@ -75,9 +75,9 @@ def _as_message(message: Any, name: str) -> Any:
     if role is None:
         return Problem("unknown role", f"'{name}' is from {sender!r}; known are {', '.join(ROLES)}")
     rest = {key: value for key, value in message.items() if key not in ("from", "value")}
-    if "value" not in message and "content" not in message:
-        return Problem("message without a value", f"'{name}' has no 'value'")
     content = message.get("value", message.get("content"))
+    if content is None:  # which a template would write as "None"
+        return Problem("message without a value", f"'{name}' has no 'value'")
     if sender != FUNCTION_CALL:
         return {"role": role, "content": content, **rest}
     calls = _tool_calls(content, name)

@@ -152,6 +152,8 @@ def write_other_formats(folder: Path) -> dict[str, str]:
     (folder / "a.parquet.gz").write_bytes(gzip.compress((folder / "in.parquet").read_bytes()))
     (folder / "a.pdf").write_bytes(b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n1 0 obj\n")
     (folder / "a.html").write_text("\n<!DOCTYPE html>\n<html></html>")
+    (folder / "a.htm").write_text("<html><head/></html>", "utf-8-sig")
+    (folder / "b.xml").write_text('<?xml version="1.0" encoding="utf-16"?><a/>', "utf-16")
     (folder / "a.xml").write_text('<?xml version="1.0"?><a/>')
     (folder / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     (folder / "a.lfs").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 3\n")
@@ -163,7 +165,7 @@ def write_other_formats(folder: Path) -> dict[str, str]:
         "a.zip": "zip archive", "a.tar": "tar archive", "a.xz": "an xz file", "a.bz2": "a bzip2 file",
         "a.tar.gz": "tar archive", "a.gz.gz": "gzip inside gzip", "a.pkl": "pickle", "a.pt": "zip archive",
         "a.safetensors": "safetensors", "a.npy": "numpy", "a.sqlite": "SQLite", "a.feather": "Feather",
-        "a.parquet.gz": "parquet inside gzip", "a.pdf": "PDF", "a.html": "HTML", "a.xml": "XML", "a.png": "image",
+        "a.parquet.gz": "parquet inside gzip", "a.pdf": "PDF", "a.html": "HTML", "a.htm": "HTML", "b.xml": "XML", "a.xml": "XML", "a.png": "image",
         "a.lfs": "git-lfs pointer", "a.tsv": "table with tabs", "a.bin": "zero bytes", "a.utf16": "UTF-16LE",
         "a.utf32": "UTF-32BE",
     }  # fmt: skip

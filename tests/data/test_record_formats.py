@@ -100,6 +100,7 @@ def test_sharegpt_is_rendered_as_the_messages_are(
         ),
         ({"chat": turns(ASKED, (None, "x"))}, "unknown role: 'chat[1]' is from None"),  # type: ignore[arg-type]
         ({"chat": [{"from": "gpt"}]}, "message without a value: 'chat[0]' has no 'value'"),
+        ({"chat": turns(("human", None), ANSWERED)}, "message without a value: 'chat[0]' has no 'value'"),
         ({"chat": turns(ASKED, ("gpt", 5))}, "unknown content: 'chat[1]' has a int as content"),
         (
             {"chat": turns(ASKED, ("function_call", "get(city)"))},

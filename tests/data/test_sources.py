@@ -268,8 +268,10 @@ def test_a_damaged_parquet_file_ends_there(tmp_path: Path) -> None:
     assert reasons_of(items) == [(501, "damaged file")]
     path.write_bytes(data[:-100])
     assert reasons_of(items_of(path)) == [(1, "damaged file")]
-    path.write_bytes(b"")
-    assert reasons_of(items_of(path)) == [(1, "damaged file")]
+    for name in ("in.parquet", "in.arrow"):
+        for contents in (b"", b"no table"):
+            (tmp_path / name).write_bytes(contents)
+            assert reasons_of(items_of(tmp_path / name)) == [(1, "damaged file")]
 
 
 @pytest.mark.parametrize("name", ["in.jsonl", "in.jsonl.gz", "in.csv.zst", "in.json", "in.json.gz"])
