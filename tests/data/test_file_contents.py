@@ -165,7 +165,8 @@ def write_other_formats(folder: Path) -> dict[str, str]:
         "a.zip": "zip archive", "a.tar": "tar archive", "a.xz": "an xz file", "a.bz2": "a bzip2 file",
         "a.tar.gz": "tar archive", "a.gz.gz": "gzip inside gzip", "a.pkl": "pickle", "a.pt": "zip archive",
         "a.safetensors": "safetensors", "a.npy": "numpy", "a.sqlite": "SQLite", "a.feather": "Feather",
-        "a.parquet.gz": "parquet inside gzip", "a.pdf": "PDF", "a.html": "HTML", "a.htm": "HTML", "b.xml": "XML", "a.xml": "XML", "a.png": "image",
+        "a.parquet.gz": "parquet inside gzip", "a.pdf": "PDF", "a.html": "HTML", "a.htm": "HTML",
+        "b.xml": "XML", "a.xml": "XML", "a.png": "image",
         "a.lfs": "git-lfs pointer", "a.tsv": "table with tabs", "a.bin": "zero bytes", "a.utf16": "UTF-16LE",
         "a.utf32": "UTF-32BE",
     }  # fmt: skip
