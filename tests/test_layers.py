@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "megakd"
 ROWS = [
     {"common"},
     {"config"},
+    {"job"},
     {"parameters", "torch_dist"},
     {"platform"},
     {"parallel"},
@@ -35,7 +36,7 @@ LIBRARIES = {
     "jinja2": {"data.chat_template"},
     "transformers": {"convert", "data.tokenizer", "data.chat_template", "report.quickstart"},
 }
-NO_TORCH = {"common", "config"}
+NO_TORCH = {"common", "config", "job"}
 
 
 def _imports(path: Path) -> Iterator[str]:

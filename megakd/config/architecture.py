@@ -148,23 +148,3 @@ class GPTArchitecture(BaseModel):
     def mlps_per_token(self) -> int:
         """MLPs of a layer that a token goes through."""
         return 1 if self.num_moe_experts is None else self.moe_router_topk
-
-    def num_parameters(self) -> int:
-        """Parameters of the unpadded model."""
-        h, q = self.hidden_size, self.num_attention_heads * self.kv_channels
-        kv = self.num_query_groups * self.kv_channels
-        norm = h * (2 if self.normalization == "LayerNorm" else 1)
-        attention = h * (q + 2 * kv) + q * h
-        mlp = h * self.mlp_width * (3 if self.activation == "swiglu" else 2)
-        if self.num_moe_experts is not None:
-            mlp = self.num_moe_experts * (mlp + h)
-        bias = 0
-        if self.add_qkv_bias or self.add_bias_linear:
-            bias += q + 2 * kv
-        if self.add_bias_linear:
-            bias += 2 * h + self.ffn_hidden_size * (2 if self.activation == "swiglu" else 1)
-        per_layer = attention + mlp + bias + 2 * norm + (2 * self.kv_channels if self.qk_layernorm else 0)
-        embeddings = self.vocab_size * h * (1 if self.share_embeddings_and_output_weights else 2)
-        if self.position_embedding_type == "learned_absolute":
-            embeddings += self.max_position_embeddings * h
-        return self.num_layers * per_layer + embeddings + norm

@@ -17,7 +17,8 @@ from megakd.convert.output_folder import OutputFolder, write_errors_told
 from megakd.convert.shard_writer import EXPORTED, ShardWriter, Weight
 from megakd.convert.source import dtype_word, most_used, to_dtype
 from megakd.convert.table import Family
-from megakd.parameters.sharding import Block, parameter_shapes
+from megakd.parameters.shapes import parameter_shapes
+from megakd.parameters.sharding import Block
 
 MAX_SHARD_BYTES = 5_000_000_000
 

@@ -18,14 +18,8 @@ from megakd.convert.hf_config_writing import family_for_export, hf_config_from_a
 from megakd.convert.output_folder import OutputFolder
 from megakd.convert.shard_writer import EXPORTED, ShardWriter, Weight
 from megakd.convert.table import Family
-from megakd.parameters.sharding import (
-    OUTPUT_LAYER,
-    Partition,
-    join_shards,
-    joined_shape,
-    parameter_shapes,
-    shard_of,
-)
+from megakd.parameters.shapes import OUTPUT_LAYER, parameter_shapes
+from megakd.parameters.sharding import Partition, join_shards, joined_shape, shard_of
 
 Group = dist.ProcessGroup | None
 

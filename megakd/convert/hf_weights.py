@@ -18,7 +18,8 @@ from megakd.convert.mappings import Shape
 from megakd.convert.safetensors_folder import DTYPES, SafetensorsFolder
 from megakd.convert.source import row_blocks, show_shape, source_name, stored_name
 from megakd.convert.table import Row
-from megakd.parameters.sharding import OUTPUT_LAYER, WORD_EMBEDDINGS, Block, parameter_shapes
+from megakd.parameters.shapes import OUTPUT_LAYER, WORD_EMBEDDINGS, parameter_shapes
+from megakd.parameters.sharding import Block
 
 _TIED_HINT = " Set tie_word_embeddings to true in config.json if the head is the embedding."
 

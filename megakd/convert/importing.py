@@ -21,7 +21,8 @@ from megakd.convert.hf_config import read_hf_config
 from megakd.convert.hf_weights import HFWeights
 from megakd.convert.output_folder import TOKENIZER_FILES, OutputFolder, write_errors_told
 from megakd.convert.source import dtype_word, most_used, to_dtype
-from megakd.parameters.sharding import Block, padded_vocab_size, parameter_shapes
+from megakd.parameters.shapes import padded_vocab_size, parameter_shapes
+from megakd.parameters.sharding import Block
 from megakd.torch_dist import Piece, write_checkpoint
 from megakd.torch_dist.reading import COMMON_FILE, METADATA_FILE, TRACKER_FILE
 

@@ -13,7 +13,8 @@ from megakd.convert.families import family_of_config
 from megakd.convert.hf_config import read_hf_config
 from megakd.convert.loading import open_weights
 from megakd.convert.megatron_weights import MegatronWeights
-from megakd.parameters.sharding import in_layer, layer_of, parameter_shapes
+from megakd.parameters.shapes import num_parameters, parameter_shapes
+from megakd.parameters.sharding import in_layer, layer_of
 
 
 def describe_model(path: str | Path) -> list[str]:
@@ -38,7 +39,7 @@ def describe_model(path: str | Path) -> list[str]:
     lines = [
         f"{path}: {'Megatron checkpoint (torch_dist)' if megatron else 'Hugging Face folder (safetensors)'}",
         f"family: {family.model_type} ({family.model_class})",
-        f"parameters: {architecture.num_parameters():,} in {_count_types(types)}, {total / 2**20:,.1f} MiB",
+        f"parameters: {num_parameters(architecture):,} in {_count_types(types)}, {total / 2**20:,.1f} MiB",
         f"layers: {architecture.num_layers}, embeddings "
         + ("tied to the output layer" if architecture.share_embeddings_and_output_weights else "of their own"),
     ]

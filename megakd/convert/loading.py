@@ -13,15 +13,8 @@ from megakd.config.architecture import GPTArchitecture
 from megakd.convert.hf_weights import HFWeights
 from megakd.convert.megatron_weights import MegatronWeights
 from megakd.convert.source import show_shape, source_name
-from megakd.parameters.sharding import (
-    OUTPUT_LAYER,
-    WORD_EMBEDDINGS,
-    even_slice,
-    join_blocks,
-    parameter_shapes,
-    shard_blocks,
-    shard_of,
-)
+from megakd.parameters.shapes import OUTPUT_LAYER, WORD_EMBEDDINGS, parameter_shapes
+from megakd.parameters.sharding import even_slice, join_blocks, shard_blocks, shard_of
 from megakd.torch_dist import checkpoint_folder
 
 

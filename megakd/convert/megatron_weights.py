@@ -14,7 +14,8 @@ from megakd.config.architecture import GPTArchitecture
 from megakd.convert.checkpoint_keys import stacked_key, stacked_sizes
 from megakd.convert.hf_config import architecture_from_hf
 from megakd.convert.source import row_blocks, show_shape, source_name, stored_name
-from megakd.parameters.sharding import OUTPUT_LAYER, WORD_EMBEDDINGS, Block, layer_of, parameter_shapes
+from megakd.parameters.shapes import OUTPUT_LAYER, WORD_EMBEDDINGS, parameter_shapes
+from megakd.parameters.sharding import Block, layer_of
 from megakd.torch_dist import TorchDistFolder, checkpoint_folder
 
 _VOCABULARY = (WORD_EMBEDDINGS, OUTPUT_LAYER)

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from megakd.common.errors import UserError
 from megakd.config.architecture import GPTArchitecture
-from megakd.parameters.sharding import OUTPUT_LAYER, WORD_EMBEDDINGS, Block, in_layer, layer_of
+from megakd.parameters.shapes import OUTPUT_LAYER, WORD_EMBEDDINGS
+from megakd.parameters.sharding import Block, in_layer, layer_of
 
 # Rows of a weight that are read at a time.
 _ROWS = 1024

@@ -15,7 +15,7 @@ from megakd.convert.hf_config import read_hf_config
 from megakd.convert.hf_weights import HFWeights
 from megakd.convert.importing import Progress, blocks_of
 from megakd.convert.megatron_weights import MegatronWeights
-from megakd.parameters.sharding import parameter_shapes
+from megakd.parameters.shapes import parameter_shapes
 
 _SEQUENCES, _LENGTH = 2, 256
 # A window up to here is exceeded: logits, and the attention of one layer at a time, stay small beside the models.

@@ -19,7 +19,7 @@ from megakd.models.initialize import initialize_parameters
 from megakd.models.layer_specs import build_block_spec
 from megakd.models.parameters import mark_tensor_parallel
 from megakd.parallel.mesh import ModelMesh
-from megakd.parameters.sharding import padded_vocab_size
+from megakd.parameters.shapes import padded_vocab_size
 
 _ACTIVATIONS = {"swiglu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
 

@@ -10,7 +10,8 @@ import torch
 from megakd.config.architecture import GPTArchitecture
 from megakd.models.parameters import canonical_parameters
 from megakd.parallel.mesh import ModelMesh
-from megakd.parameters.sharding import parameter_shapes, shard_of, take_shard
+from megakd.parameters.shapes import parameter_shapes
+from megakd.parameters.sharding import shard_of, take_shard
 
 
 @torch.no_grad()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megakd.job.flops import attention_products, layer_products
 from megakd.planning.job import Job, Model
-from megakd.training.flops import layer_products
 
 
 @dataclass(frozen=True)
@@ -26,17 +26,8 @@ class StageFlops:
 
 def layer_flops(model: Model, sequence_length: int) -> float:
     """A layer's operations for a token on one tensor rank, causal attention as half a square."""
-    products = layer_products(model.architecture) + attention_products(model, sequence_length)
+    products = layer_products(model.architecture) + attention_products(model.architecture, sequence_length)
     return 2.0 * products / model.layout.tp
-
-
-def attention_products(model: Model, sequence_length: int) -> float:
-    """Multiply-adds of a token's scores and of the sum of values over all heads, a window's where there is one."""
-    a = model.architecture
-    seen = sequence_length / 2
-    if a.sliding_window is not None and a.sliding_window < sequence_length:
-        seen = a.sliding_window - a.sliding_window**2 / (2 * sequence_length)
-    return 2 * a.num_attention_heads * a.kv_channels * seen
 
 
 def stage_flops(job: Job) -> list[StageFlops]:
@@ -45,7 +36,7 @@ def stage_flops(job: Job) -> list[StageFlops]:
     recompute = job.config.student.recompute_granularity
     layer = layer_flops(job.student, length)
     again = {"none": 0.0, "full": layer}.get(
-        recompute, 2.0 * attention_products(job.student, length) / job.student.layout.tp
+        recompute, 2.0 * attention_products(job.student.architecture, length) / job.student.layout.tp
     )
     teachers = teacher_flops(job)
     stages = []

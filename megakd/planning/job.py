@@ -25,7 +25,7 @@ from megakd.config.layouts import (
 )
 from megakd.config.schema import Config, ParallelSection
 from megakd.losses.chunking import chunk_rows
-from megakd.parameters.sharding import padded_vocab_size
+from megakd.parameters.shapes import padded_vocab_size
 from megakd.planning.layout import ModelLayout, split_layers
 from megakd.training.architectures import student_architecture, teacher_architecture
 from megakd.training.teacher_cache import DRAWS, LARGEST, TAIL_SAMPLES, in_whole_blocks

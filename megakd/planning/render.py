@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megakd.common.text_table import text_table
+from megakd.parameters.shapes import num_parameters
 from megakd.planning.advice import advise
 from megakd.planning.clusters import Cluster
 from megakd.planning.job import Model
@@ -61,7 +62,7 @@ def nodes_text(count: int, cluster: Cluster) -> str:
 
 def count_text(model: Model) -> str:
     """A model's parameters in billions or millions."""
-    count = model.architecture.num_parameters()
+    count = num_parameters(model.architecture)
     return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
 
 

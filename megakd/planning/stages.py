@@ -5,15 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from megakd.parameters.sharding import (
-    OUTPUT_LAYER,
-    POSITION_EMBEDDINGS,
-    WORD_EMBEDDINGS,
-    Partition,
-    layer_of,
-    parameter_shapes,
-    shard_of,
-)
+from megakd.parameters.shapes import OUTPUT_LAYER, POSITION_EMBEDDINGS, WORD_EMBEDDINGS, parameter_shapes
+from megakd.parameters.sharding import Partition, layer_of, shard_of
 from megakd.planning.job import Model
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megakd.job.flops import step_flops
 from megakd.planning.activations import layer_bytes
 from megakd.planning.clusters import Cluster
 from megakd.planning.crossing import crossing_transfer
@@ -22,7 +23,6 @@ from megakd.planning.traffic import (
     slowest,
     states_transfer,
 )
-from megakd.training.flops import step_flops
 
 # Elementwise passes over the logits of both models in the fused loss, each reading or writing four bytes.
 _LOSS_PASSES = 8

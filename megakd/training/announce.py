@@ -14,7 +14,7 @@ from megakd.config.layouts import (
     teacher_ranks,
 )
 from megakd.config.schema import Config
-from megakd.parameters.sharding import padded_vocab_size
+from megakd.parameters.shapes import num_parameters, padded_vocab_size
 from megakd.teacher import CachedTeacher
 from megakd.training.architectures import student_architecture, teacher_architecture
 from megakd.training.objective import describe_loss
@@ -36,7 +36,7 @@ def announce(
     """Models, loss and data, a line each."""
     student = student_architecture(config)
     yield (
-        f"{config.run.name}: student of {student.num_layers} layers, {student.num_parameters():,} parameters "
+        f"{config.run.name}: student of {student.num_layers} layers, {num_parameters(student):,} parameters "
         f"({config.run.dtype}, {layer_spec} layers) on {layout}{_students(config, world_size)}"
     )
     if cached_teacher is not None:
@@ -45,7 +45,7 @@ def announce(
         teacher = teacher_architecture(config)
         use = "" if config.distill.kd_weight > 0 else ", for evaluation only"
         yield (
-            f"teacher {config.teacher.path}: {teacher.num_layers} layers, {teacher.num_parameters():,} parameters"
+            f"teacher {config.teacher.path}: {teacher.num_layers} layers, {num_parameters(teacher):,} parameters"
             f"{use}{_where(config, world_size)}"
         )
     tokens = config.data.sequence_length

@@ -31,7 +31,7 @@ from megakd.models.parameters import canonical_parameters
 from megakd.parallel.bridge import Bridge
 from megakd.parallel.mesh import GroupPool, ModelMesh, build_model_mesh
 from megakd.parallel.pieces import last_stage_spread
-from megakd.parameters.sharding import padded_vocab_size
+from megakd.parameters.shapes import padded_vocab_size
 from megakd.platform import Joint, communication_timeout
 from megakd.teacher import (
     CachedTeacher,

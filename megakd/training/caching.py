@@ -29,6 +29,7 @@ from megakd.data.batches import Batch, collate, move
 from megakd.parallel.mesh import GroupPool
 from megakd.parallel.random_state import seed_megatron
 from megakd.parallel.rank_0 import on_rank_0
+from megakd.parameters.shapes import num_parameters
 from megakd.platform import (
     Platform,
     build_platform,
@@ -110,7 +111,7 @@ class _CacheRun:
         self.is_writer = self.mesh.is_last_stage and self.mesh.tp_rank == 0
         teacher = teacher_architecture(config)
         log.info(
-            f"teacher {config.teacher.path}: {teacher.num_layers} layers, {teacher.num_parameters():,} parameters "
+            f"teacher {config.teacher.path}: {teacher.num_layers} layers, {num_parameters(teacher):,} parameters "
             f"({config.teacher.dtype or config.run.dtype}, {layer_spec} layers) on {self.mesh.describe()}"
         )
         settings = ", ".join(f"{key} {value}" for key, value in codec.settings().items())

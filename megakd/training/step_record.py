@@ -7,8 +7,8 @@ from typing import Any
 from megakd.common.step_parts import DATA, TEACHER
 from megakd.config.architecture import GPTArchitecture
 from megakd.config.schema import Config
+from megakd.job.flops import step_flops
 from megakd.teacher.turns import TeacherTimes
-from megakd.training.flops import step_flops
 from megakd.training.step import StepResult
 from megakd.training.timing import StepTimes
 

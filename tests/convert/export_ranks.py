@@ -11,7 +11,8 @@ import torch.distributed as dist
 
 from megakd.common.errors import UserError
 from megakd.convert import architecture_from_hf, export_hf, load_weights, shard_writer
-from megakd.parameters.sharding import layer_of, parameter_shapes, shard_of, take_shard
+from megakd.parameters.shapes import parameter_shapes
+from megakd.parameters.sharding import layer_of, shard_of, take_shard
 
 
 def stage_parameters(

@@ -15,7 +15,7 @@ from megakd.convert.exporting import export_checkpoint
 from megakd.convert.hf_weights import HFWeights
 from megakd.convert.importing import import_checkpoint
 from megakd.convert.megatron_weights import MegatronWeights
-from megakd.parameters.sharding import parameter_shapes
+from megakd.parameters.shapes import parameter_shapes
 from tests.convert.family_models import MODELS, save_model
 from tests.convert.test_exporting import assert_same_weights
 

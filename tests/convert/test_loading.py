@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from megakd.common.errors import UserError
 from megakd.convert import architecture_from_hf, check_weights, load_head, load_weights
 from megakd.convert.safetensors_folder import SafetensorsFolder
-from megakd.parameters.sharding import parameter_shapes, shard_of, take_shard
+from megakd.parameters.shapes import parameter_shapes
+from megakd.parameters.sharding import shard_of, take_shard
 from tests.convert.llama_models import ALL_HEADS, GROUPED, megatron_shard, save_llama
 
 MODELS: dict[str, dict[str, Any]] = {

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from megakd.common.errors import UserError
+from megakd.job.flops import step_flops
 from megakd.planning.advice import advise
 from megakd.planning.crossing import crossing_transfer, sent_tokens
 from megakd.planning.job import Job, build_job, with_settings
@@ -19,7 +20,6 @@ from megakd.planning.sweep import sweep
 from megakd.planning.teacher_memory import teacher_memory
 from megakd.planning.timing import step_timing
 from megakd.planning.windows import window_cost
-from megakd.training.flops import step_flops
 from tests.planning.jobs import CLUSTER, build_test_job
 from tests.training.runs import layout, save_llama
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megakd.config.architecture import GPTArchitecture
+from megakd.parameters.shapes import num_parameters
 from megakd.planning.stages import stage_parameters
 from tests.planning.jobs import STUDENT, build_test_job
 
@@ -33,6 +34,7 @@ def built_parameters(shape: dict[str, Any], tp: int, pp: int, first: int | None)
     [
         ({}, 1, 1, None),
         ({"share_embeddings_and_output_weights": True}, 1, 1, None),
+        ({"normalization": "LayerNorm", "qk_layernorm": True}, 1, 1, None),
         ({"share_embeddings_and_output_weights": True}, 2, 2, 5),
         ({"normalization": "LayerNorm", "activation": "gelu", "add_bias_linear": True, "vocab_size": 1000}, 2, 2, None),
         ({"position_embedding_type": "learned_absolute", "qk_layernorm": True}, 1, 4, None),
@@ -48,6 +50,7 @@ def test_parameters_of_a_rank_are_those_of_its_stage(run_ranks, shape, tp, pp, f
     stages = stage_parameters(job.student)
     for stage, count, largest in run_ranks(tp * pp, built_parameters, shape, tp, pp, first):
         assert (stages[stage].count, stages[stage].largest) == (count, largest)
+        assert tp * pp > 1 or num_parameters(job.student.architecture) == count
 
 
 def test_a_model_whose_head_lives_elsewhere_has_none():

@@ -22,7 +22,7 @@ from pair import build_pair, platform, random_batches
 
 from megakd.config.architecture import GPTArchitecture
 from megakd.config.schema import DistillSection
-from megakd.training.flops import step_flops
+from megakd.job.flops import step_flops
 from megakd.training.objective import Objective
 from megakd.training.step import train_step
 

@@ -1,0 +1,1 @@
+"""What follows from a configuration and is worked out once: for trainers and planners alike. Imports no torch."""
