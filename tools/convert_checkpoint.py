@@ -151,7 +151,20 @@ def _verify(options: argparse.Namespace) -> int:
             f"  {difference.name}: {difference.different:,} of {difference.elements:,} elements differ, by at most "
             f"{difference.largest:.3e}"
         )
+    broken = [d for d in differences if any(d.not_finite)]
+    for difference in broken[:SHOWN]:
+        print(
+            f"  {difference.name}: of {difference.elements:,} elements {difference.not_finite[0]:,} in {options.hf} "
+            f"and {difference.not_finite[1]:,} in {options.megatron} are NaN or infinite"
+        )
     failed = any(d.largest > options.tolerance or (options.tolerance == 0 and d.different) for d in different)
+    if broken and not options.weights_only:
+        print(
+            f"logits are not compared: those of a model with {broken[0].name} are not finite; --weights-only leaves "
+            "them out"
+        )
+        print("different" if failed else "not known to be the same")
+        return 1
     if not options.weights_only:
         tokens = random_tokens(hf.architecture)
         logits = logits_difference(options.hf, options.megatron, hf.architecture, tokens)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,11 +18,16 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
+# Parts of a name that stand for what a module was wrapped in when it was saved.
+_WRAPPERS = r"(?:^|(?<=\.))(?:(?:_orig_mod|module)\.)+"
+
 _POINTER = b"version https://git-lfs"
 
 
 class SafetensorsFolder:
     """Weights by name; a file is mapped when first asked for and only its header and the slices asked for are read.
+
+    A weight that was saved out of a wrapped module (torch.compile's, data parallelism's) has the name it has without.
 
     Args:
         prefix: what every weight's name should begin with; where none does, the folder's names are taken without it.
@@ -43,8 +49,7 @@ class SafetensorsFolder:
             self._file_of = self._read_index()
         else:
             raise UserError(self._no_safetensors())
-        bare = not any(name.startswith(prefix) for name in self._file_of)
-        self._stored_name = {(prefix if bare else "") + name: name for name in self._file_of}
+        self._stored_name = self._names(prefix)
 
     def __enter__(self) -> SafetensorsFolder:
         return self
@@ -59,6 +64,11 @@ class SafetensorsFolder:
         """Names of all weights."""
         return list(self._stored_name)
 
+    @property
+    def unwrapped(self) -> dict[str, str]:
+        """Names of weights by what the files call them, where the files have them out of wrapped modules."""
+        return {stored: name for name, stored in self._stored_name.items() if re.search(_WRAPPERS, stored)}
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a weight, from its file's header."""
         return tuple(self._slice(name).get_shape())
@@ -71,6 +81,20 @@ class SafetensorsFolder:
         """Read a weight, or only its part in `slices`, one slice per leading dim."""
         part: Tensor = self._slice(name)[slices or (slice(None),)]
         return part
+
+    def _names(self, prefix: str) -> dict[str, str]:
+        """The name in the files of each weight."""
+        stored: dict[str, str] = {}
+        for name in self._file_of:
+            plain = re.sub(_WRAPPERS, "", name)
+            if plain in stored:
+                raise UserError(
+                    f"{self.path} has the weight {plain} twice, as {stored[plain]} and as {name}. Remove one, or save "
+                    "the model out of its wrappers (torch.compile's _orig_mod, data parallelism's module)."
+                )
+            stored[plain] = name
+        bare = not any(name.startswith(prefix) for name in stored)
+        return {(prefix if bare else "") + name: named for name, named in stored.items()}
 
     def _slice(self, name: str) -> Any:
         if name not in self._stored_name:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from megakd.convert.hf_config import read_hf_config
 from megakd.convert.hf_weights import HFWeights
 from megakd.convert.importing import Progress, blocks_of
 from megakd.convert.megatron_weights import MegatronWeights
+from megakd.convert.safetensors_folder import SafetensorsFolder
 from megakd.parameters.shapes import parameter_shapes
 
 _SEQUENCES, _LENGTH = 2, 256
@@ -27,7 +29,8 @@ _BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 class WeightDifference:
     """How a parameter differs. `largest` is the largest absolute difference of values; NaN counts as infinite.
 
-    Where it is `retyped`, stored as another type on either side, values are compared, not bits.
+    Where it is `retyped`, stored as another type on either side, values are compared, not bits. `not_finite` counts
+    values that are NaN or infinite, in the Hugging Face folder and in the checkpoint.
     """
 
     name: str
@@ -35,9 +38,12 @@ class WeightDifference:
     different: int = 0
     largest: float = 0.0
     retyped: bool = False
+    not_finite: tuple[int, int] = (0, 0)
 
     def add(self, one: Tensor, other: Tensor) -> None:
         """Count a block of both."""
+        hf, megatron = (int((~block.isfinite()).sum()) for block in (one, other))
+        self.not_finite = (self.not_finite[0] + hf, self.not_finite[1] + megatron)
         if one.dtype is other.dtype:
             bits = _BITS[one.itemsize]
             if torch.equal(one.contiguous().view(bits), other.contiguous().view(bits)):
@@ -45,7 +51,7 @@ class WeightDifference:
             unequal = one.contiguous().view(bits) != other.contiguous().view(bits)
         else:
             self.retyped = True
-            unequal = one.double() != other.double()
+            unequal = (one.double() != other.double()) & ~(one.isnan() & other.isnan())
         self.different += int(unequal.sum())
         if bool(unequal.any()):
             distance = (one.double() - other.double())[unequal].abs().nan_to_num(nan=torch.inf)
@@ -124,13 +130,17 @@ def _transformers_logits(path: str | Path, tokens: Tensor) -> Tensor:
     # Left to itself transformers fetches the code that these keys name. The others say what is returned.
     left_out = "^_|_implementation$|^(auto_map|quantization_config|return_dict|output_.*)$"
     told = {key: value for key, value in read_hf_config(path).items() if not re.search(left_out, key)}
+    with SafetensorsFolder(path) as folder:
+        # Left to itself it makes up the weights that it finds under no name of theirs.
+        names = {f"^{re.escape(stored)}$": name for stored, name in folder.unwrapped.items()}
+    renamed: dict[str, Any] = {"key_mapping": names} if names else {}
     verbosity = logging.get_verbosity()
     # It warns, of configuration and generation both, of tokens that no logit depends on.
     logging.set_verbosity_error()
     try:
         model = AutoModelForCausalLM.from_pretrained(
             path, config=AutoConfig.for_model(**told), dtype=torch.float32, attn_implementation="eager",
-            local_files_only=True, use_safetensors=True, trust_remote_code=False,
+            local_files_only=True, use_safetensors=True, trust_remote_code=False, **renamed,
         )  # fmt: skip
         with torch.no_grad():
             logits: Tensor = model.eval()(tokens).logits.float()

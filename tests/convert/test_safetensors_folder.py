@@ -52,6 +52,20 @@ def test_a_single_file_needs_no_index(tmp_path: Path) -> None:
         assert torch.equal(folder.read("a"), A)
 
 
+def test_a_weight_under_two_names(tmp_path: Path) -> None:
+    save_file({"a": A, "module.a": A + 1}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="has the weight a twice, as a and as module.a"):
+        SafetensorsFolder(tmp_path)
+
+
+def test_only_whole_parts_of_a_name_are_wrappers(tmp_path: Path) -> None:
+    save_file({"_orig_mod.submodule.a": A, "module._orig_mod.b": B, "b.module": B + 1}, tmp_path / "model.safetensors")
+    with SafetensorsFolder(tmp_path) as folder:
+        assert sorted(folder.names) == ["b", "b.module", "submodule.a"]
+        assert list(folder.unwrapped) == ["_orig_mod.submodule.a", "module._orig_mod.b"]
+        assert torch.equal(folder.read("submodule.a"), A)
+
+
 def test_missing_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nowhere is not a folder"):
         SafetensorsFolder(tmp_path / "nowhere")

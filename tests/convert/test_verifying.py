@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from megakd.config.architecture import GPTArchitecture
 from megakd.convert.verifying import describe_tokens, random_tokens
@@ -92,3 +93,80 @@ def test_what_megatron_lm_is_told(tmp_path: Path, name: str, arguments: dict[str
     converted(tmp_path, name, {})
     common = torch.load(tmp_path / "megatron" / "release" / "common.pt", weights_only=False)
     assert {key: getattr(common["args"], key) for key in arguments} == arguments
+
+
+def change_weights(path: Path, change: Any) -> None:
+    weights = load_file(path / "model.safetensors")
+    save_file(change(weights), path / "model.safetensors", metadata={"format": "pt"})
+
+
+def put(value: float) -> Any:
+    """A change that puts a value into one weight."""
+
+    def change(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        weights["model.layers.1.mlp.down_proj.weight"][2, 3] = value
+        return weights
+
+    return change
+
+
+BROKEN = (
+    "  decoder.layers.1.mlp.linear_fc2.weight: of 6,144 elements {} in {}/hf and {} in {}/megatron are NaN or infinite"
+)
+
+
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+@pytest.mark.parametrize("written_as", [[], ["--dtype", "bf16"]])
+def test_a_weight_that_is_not_finite_on_both_sides(
+    tmp_path: Path, value: float, written_as: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_model(tmp_path / "hf", "llama2")
+    change_weights(tmp_path / "hf", put(value))
+    if written_as:  # values that both types hold
+        change_weights(tmp_path / "hf", lambda weights: {name: w.bfloat16().float() for name, w in weights.items()})
+    command = ["--hf", str(tmp_path / "hf"), "--megatron", str(tmp_path / "megatron")]
+    assert main(["import", *command[:2], "--out", command[3], *written_as]) == 0
+    capsys.readouterr()
+    assert main(["verify", *command, "--weights-only"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1:] == [BROKEN.format(1, tmp_path, 1, tmp_path), "the same"]
+    assert main(["verify", *command]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == BROKEN.format(1, tmp_path, 1, tmp_path)
+    assert lines[2].startswith("logits are not compared: those of a model with decoder.layers.1.mlp.linear_fc2.weight")
+    assert lines[3] == "not known to be the same"
+
+
+def test_a_weight_that_is_nan_on_one_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = converted(tmp_path, "llama2", {})
+    change_weights(tmp_path / "hf", put(torch.nan))
+    capsys.readouterr()
+    assert main(command) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert BROKEN.format(1, tmp_path, 0, tmp_path) in lines and lines[-1] == "different"
+
+
+@pytest.mark.parametrize("name", ["llama3_tied", "gpt2"])
+def test_weights_that_were_saved_out_of_wrapped_modules(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What torch names them: the whole model compiled under data parallelism, and a part of it compiled."""
+    hf, megatron = str(tmp_path / "hf"), str(tmp_path / "megatron")
+    model = save_model(tmp_path / "hf", name)
+    base = model.base_model
+    blocks = base.h if name == "gpt2" else base.layers
+    plain = [key for key, _ in model.named_parameters()]
+    blocks[1] = torch.compile(blocks[1])
+    wrapped = torch.nn.ModuleDict({"module": torch.compile(model)})
+    names = [key for key, _ in wrapped.named_parameters()]
+    found = dict(zip(plain, names, strict=True))
+    assert any(new.startswith("module._orig_mod.") and new.count("_orig_mod") == 2 for new in names)
+    assert main(["import", "--hf", hf, "--out", megatron]) == 0
+    change_weights(tmp_path / "hf", lambda weights: {found.get(key, key): w for key, w in weights.items()})
+    assert main(["import", "--hf", hf, "--out", megatron, "--overwrite"]) == 0
+    assert main(["export", "--megatron", megatron, "--out", str(tmp_path / "back")]) == 0
+    capsys.readouterr()
+    assert main(["verify", "--hf", hf, "--megatron", megatron]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "the same"
+    weights = load_file(tmp_path / "back" / "model.safetensors")
+    assert all(torch.equal(weights[old], parameter) for old, parameter in zip(plain, model.parameters(), strict=True))
