@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from megakd.convert.hf_checks import (
     check_no_adapter,
     check_only,
     check_token_ids,
+    is_id,
     show,
 )
 from megakd.convert.hf_rope import read_rope
@@ -50,6 +52,25 @@ def read_hf_config(path: str | Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UserError(f"{file} must hold a JSON object.")
     return config
+
+
+def generation_end_ids(path: str | Path) -> tuple[tuple[int, ...], Path]:
+    """Ids at which transformers' `generate` ends a text of a folder's model, and the file that says so.
+
+    That is generation_config.json, and config.json where there is no such file, or none that can be read.
+
+    Raises:
+        UserError: there is no config.json.
+    """
+    config, file = read_hf_config(path), Path(path) / "config.json"
+    own = Path(path) / "generation_config.json"
+    with suppress(OSError, ValueError, RecursionError):
+        generation = json.loads(own.read_text(encoding="utf-8"))
+        if isinstance(generation, dict):
+            config, file = generation, own
+    said = config.get("eos_token_id")
+    ids: list[Any] = said if isinstance(said, list) else [said]
+    return tuple(index for index in ids if is_id(index)), file
 
 
 def architecture_from_hf(path: str | Path) -> GPTArchitecture:

@@ -1,11 +1,11 @@
-"""What a data set remembers of its tokenizer, and the check that the teacher reads the same ids."""
+"""What a data set remembers of its tokenizer, and the check that the models read the same ids."""
 
 from __future__ import annotations
 
 import gzip
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,8 @@ from megakd.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 FORMAT = "megakd-tokens"
 VERSION = 1
 BLOCK = 1024  # ids per hash
-REMEDY = "Preprocess the data with the teacher's tokenizer (tools/preprocess_data.py --tokenizer {path})."
+REMEDY = "Preprocess the data with the {role}'s tokenizer (tools/preprocess_data.py --tokenizer {path})."
+_PIECES_SHOWN = 3
 
 # Equal vocabularies can still be applied differently (merges, normalisation, a leading space): these texts show it.
 # Changing them changes VERSION.
@@ -46,11 +47,24 @@ class Difference(NamedTuple):
     id_b: int | None
 
 
-class TokenizerCheck(NamedTuple):
-    """Whether the tokenizers could be compared, and the line to log about it."""
+class ModelTokenizer(NamedTuple):
+    """A model whose tokenizer data is held against: its role in messages, the setting that names it, its folder."""
 
-    checked: bool
-    message: str
+    role: str
+    setting: str
+    path: str
+
+
+class TokenizerDifference(NamedTuple):
+    """How a model's tokenizer differs from the data's; `text` is None where every id of the data is the same.
+
+    With `lacks_end` it lacks ids that the data holds, and is the same otherwise. `unused` are ids that it lacks and
+    the data does not hold.
+    """
+
+    text: str | None
+    lacks_end: bool = False
+    unused: str | None = None
 
 
 def first_difference(a: Sequence[Sequence[int]], b: Sequence[Sequence[int]]) -> Difference | None:
@@ -88,12 +102,20 @@ def fingerprint(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def write_metadata(
-    prefix: str | Path, tokenizer: Tokenizer, *, kind: str, documents: int, tokens: int, settings: Mapping[str, Any]
+    prefix: str | Path,
+    tokenizer: Tokenizer,
+    *,
+    kind: str,
+    documents: int,
+    tokens: int,
+    settings: Mapping[str, Any],
+    max_id: int | None = None,
 ) -> None:
     """Write `<prefix>.json` and `<prefix>.vocab.json.gz`: counts, the tokenizer's fingerprint and its pieces.
 
     `kind` is "text", or "examples" where a mask lies beside the tokens; `settings` are further keys, such as
-    `appended_eod`, and of examples `mask_version` and whether `weights` lie beside the mask.
+    `appended_eod`, and of examples `mask_version` and whether `weights` lie beside the mask. `max_id` is the largest id
+    of the tokens, None where that is not known.
     """
     metadata = {
         "format": FORMAT,
@@ -101,6 +123,7 @@ def write_metadata(
         "kind": kind,
         "documents": documents,
         "tokens": tokens,
+        **({} if max_id is None else {"max_id": max_id}),
         **settings,
         "tokenizer": {"path": tokenizer.path, **fingerprint(tokenizer)},
     }
@@ -134,60 +157,157 @@ def read_metadata(prefix: str | Path) -> dict[str, Any] | None:
     return metadata
 
 
-def check_same_tokenizer(prefix: str | Path, teacher_path: str | Path, *, key: str = "data.train") -> TokenizerCheck:
-    """Raise UserError, naming the first id that differs, unless the data's tokenizer is the teacher's.
+def check_same_tokenizer(
+    prefix: str | Path,
+    models: Sequence[ModelTokenizer],
+    *,
+    key: str = "data.train",
+    load: Callable[[str | Path], Tokenizer] = load_tokenizer,
+) -> list[str]:
+    """Check that the models' tokenizers give the data's ids: the same pieces, and the same ids of the probe texts.
 
-    Every id of the data's tokenizer must be the same piece in the teacher's and the probe texts must give the same
-    ids; the teacher may have further ids. Where either side cannot be known (data written by another tool, a
-    teacher without tokenizer files) nothing is compared: `checked` is False and `message` says so. `key` is the
-    configuration key that messages name.
+    A model's tokenizer may have further ids, and may lack those at its end that the data does not hold.
+
+    Args:
+        models: those that read the data, the teacher before its student.
+        key: the configuration key that messages name.
+        load: gives a folder's tokenizer, which need not be read for each data set anew.
+
+    Returns:
+        Lines to log: what could not be compared (data written by another tool, a model without tokenizer files) and
+        which ids a tokenizer lacks.
+
+    Raises:
+        UserError: a tokenizer differs; the message blames the model that does, and names the first id.
     """
     metadata = read_metadata(prefix)
     if metadata is None:
+        names = " and ".join(f"the {model.role}'s" for model in models)
         reason = f"{metadata_path(prefix)} is missing (data written by another tool)"
-        return TokenizerCheck(False, f"{key}: not checked against the teacher's tokenizer: {reason}")
-    if not has_tokenizer(teacher_path):
-        reason = f"{teacher_path} holds no tokenizer files"
-        return TokenizerCheck(False, f"{key}: not checked against the teacher's tokenizer: {reason}")
-    teacher = load_tokenizer(teacher_path)
-    recorded = metadata["tokenizer"]
-    remedy = REMEDY.format(path=teacher_path)
-    found = _vocabulary_difference(prefix, recorded, teacher.pieces())
-    if found is None:
-        found = _probe_difference(recorded["probe_ids"], teacher)
-    if found is not None:
-        raise UserError(f"{key}: tokenizer of {prefix} differs from the teacher's {found}. {remedy}")
-    return TokenizerCheck(True, f"{key}: tokenizer is the teacher's ({recorded['vocab_size']} ids compared)")
+        return [f"{key}: not checked against {names} tokenizer: {reason}"] if models else []
+    recorded = DataTokenizer(prefix, metadata)
+    lines, same, different = [], [], []
+    for model in models:
+        if not has_tokenizer(model.path):
+            reason = f"{model.path} holds no tokenizer files"
+            lines.append(f"{key}: not checked against the {model.role}'s tokenizer: {reason}")
+            continue
+        found = recorded.compare(load(model.path), model.role)
+        if found.text is None:
+            same.append(model)
+        else:
+            different.append((model, found))
+        if found.unused:
+            lines.append(f"{key}: the {model.role}'s tokenizer lacks {found.unused}; the data holds none of these ids")
+    if different:
+        raise UserError(_blame(prefix, key, metadata["tokenizer"]["path"], same, different, load))
+    return lines
 
 
-def _vocabulary_difference(prefix: str | Path, recorded: dict[str, Any], teacher: list[str | None]) -> str | None:
-    size: int = recorded["vocab_size"]
-    hashes: list[str] = recorded["pieces_sha256"]
-    # The teacher's ids beyond the data's size never occur in the data.
-    teacher_hashes = _block_hashes(teacher[:size])
-    different = [i for i, (a, b) in enumerate(zip(hashes, teacher_hashes, strict=False)) if a != b]
-    if not different and len(teacher) >= size:
-        return None
-    try:
-        pieces: list[str | None] = json.loads(gzip.decompress(vocabulary_path(prefix).read_bytes()))
-    except (OSError, EOFError, ValueError):
-        start = different[0] * BLOCK if different else len(teacher)
-        return f"in the ids {start} to {min(start + BLOCK, size) - 1} ({vocabulary_path(prefix)} would name the id)"
-    for i in range(size):
-        other = teacher[i] if i < len(teacher) else None
-        if pieces[i] != other:
-            return f"at id {i}: {_shown(pieces[i])} there, {_shown(other)} in the teacher"
-    return f"by {metadata_path(prefix)}, which contradicts {vocabulary_path(prefix)}: the files are not of one data set"
+class DataTokenizer:
+    """The tokenizer that a data set was written with, as its description tells."""
+
+    def __init__(self, prefix: str | Path, metadata: Mapping[str, Any]) -> None:
+        self._prefix = prefix
+        self._recorded: Mapping[str, Any] = metadata["tokenizer"]
+        self._size: int = self._recorded["vocab_size"]
+        largest = metadata.get("max_id")
+        # Ids of which the data may hold any.
+        self._used = self._size if largest is None else largest + 1
+
+    def compare(self, other: Tokenizer, role: str) -> TokenizerDifference:
+        """How the tokenizer of a model differs from the data's."""
+        pieces = other.pieces()
+        shared = min(self._size, len(pieces))
+        text = self._piece_difference(pieces, shared, role) or self._probe_difference(other, role)
+        if text is not None or shared == self._size:
+            return TokenizerDifference(text)
+        lacking = self._lacking(shared)
+        if self._used <= shared:
+            return TokenizerDifference(None, unused=lacking)
+        return TokenizerDifference(f"at its end: it lacks {lacking}", lacks_end=True)
+
+    def _piece_difference(self, others: list[str | None], shared: int, role: str) -> str | None:
+        """The first of the ids that both have which is another piece."""
+        hashes, other_hashes = self._recorded["pieces_sha256"], _block_hashes(others[: self._size])
+        different = [i for i, (a, b) in enumerate(zip(hashes, other_hashes, strict=False)) if a != b]
+        if not different:
+            return None
+        start = different[0] * BLOCK
+        pieces = self._pieces()
+        if pieces is None:
+            path = vocabulary_path(self._prefix)
+            return f"in the ids {start} to {min(start + BLOCK, self._size) - 1} ({path} would name the id)"
+        for i in range(start, shared):
+            if pieces[i] != others[i]:
+                return f"at id {i}: {_shown(pieces[i])} in the data, {_shown(others[i])} in the {role}"
+        if shared < self._size:
+            return None
+        paths = f"{metadata_path(self._prefix)}, which contradicts {vocabulary_path(self._prefix)}"
+        return f"by {paths}: the files are not of one data set"
+
+    def _probe_difference(self, other: Tokenizer, role: str) -> str | None:
+        difference = first_difference(self._recorded["probe_ids"], other.encode_batch(PROBE_TEXTS))
+        if difference is None:
+            return None
+        text, position, data_id, model_id = difference
+        return (
+            f"though the pieces are the same: token {position} of the text {PROBE_TEXTS[text]!r} "
+            f"is id {data_id} in the data, {model_id} in the {role}"
+        )
+
+    def _pieces(self) -> list[str | None] | None:
+        try:
+            pieces: list[str | None] = json.loads(gzip.decompress(vocabulary_path(self._prefix).read_bytes()))
+        except (OSError, EOFError, ValueError):
+            return None
+        return pieces if len(pieces) == self._size else None
+
+    def _lacking(self, shared: int) -> str:
+        """The ids from `shared` on, with the first of their pieces."""
+        pieces, count = self._pieces(), self._size - shared
+        ids = f"the id {shared}" if count == 1 else f"the ids {shared} to {self._size - 1}"
+        if pieces is None:
+            return ids
+        shown = ", ".join(_shown(piece) for piece in pieces[shared : shared + _PIECES_SHOWN])
+        return f"{ids} ({shown}{', ...' if count > _PIECES_SHOWN else ''})"
 
 
-def _probe_difference(recorded: list[list[int]], teacher: Tokenizer) -> str | None:
-    difference = first_difference(recorded, teacher.encode_batch(PROBE_TEXTS))
-    if difference is None:
-        return None
-    text, position, data_id, teacher_id = difference
+def _blame(
+    prefix: str | Path,
+    key: str,
+    data_tokenizer: str,
+    same: Sequence[ModelTokenizer],
+    different: Sequence[tuple[ModelTokenizer, TokenizerDifference]],
+    load: Callable[[str | Path], Tokenizer],
+) -> str:
+    """Which model's tokenizer differs from the data's, and what helps; no advice costs the data a token."""
+    model, found = different[0]
+    told = f"{key}: tokenizer of {prefix} differs from the {model.role}'s ({model.setting}: {model.path}) {found.text}"
+    others = [other for other, _ in different[1:]]
+    if others:
+        told += f"; it differs from the {others[0].role}'s ({others[0].setting}: {others[0].path}) too"
+    elif same:
+        told += f"; it is the {same[0].role}'s"
+    if all(difference.lacks_end for _, difference in different):
+        roles = " and ".join(f"the {other.role}" for other, _ in different)
+        return (
+            f"{told}. Add these tokens to {roles}: save the data's tokenizer ({data_tokenizer}) in the model's folder "
+            "and resize its embedding (resize_token_embeddings in transformers)."
+        )
+    teacher = model if model.role == "teacher" else next((other for other in same if other.role == "teacher"), model)
+    again = REMEDY.format(role=teacher.role, path=teacher.path)
+    if others and fingerprint(load(model.path)) == fingerprint(load(others[0].path)):
+        return f"{told}, as that is the {model.role}'s. {again}"
+    if others:
+        return f"{told}, and both are different. Start from a student with the teacher's tokenizer, and: {again}"
+    if not same:
+        return f"{told}. {again}"
+    if model.role == "student":
+        return f"{told}. Start from a student with the teacher's tokenizer ({model.setting})."
     return (
-        f"though the pieces are the same: token {position} of the text {PROBE_TEXTS[text]!r} "
-        f"is id {data_id} there, {teacher_id} in the teacher"
+        f"{told}. Name a teacher with the {same[0].role}'s tokenizer, or start from a student with the teacher's "
+        f"({same[0].setting}), and: {again}"
     )
 
 

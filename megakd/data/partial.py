@@ -23,12 +23,13 @@ ENDINGS = (
 
 @dataclass
 class State:
-    """What is in the files so far: offsets to cut them at, whether weights are there, and what the summary tells."""
+    """What is in the files so far: offsets to cut them at, whether weights are there, and what is told of them."""
 
     documents: int = 0
     tokens: int = 0
     has_weights: bool = False
     skipped_bytes: int = 0
+    max_id: int | None = -1  # None: what was written before is not known
     longest: int = 0
     longest_place: str = ""
     dropped: dict[str, int] = field(default_factory=dict)
@@ -162,7 +163,8 @@ class Partial:
         self.outputs = last.get("outputs")
         if self.outputs is not None and len(finished) != len(self._sources):
             raise self._refusal(f"has read only {len(finished)} of the {len(self._sources)} files, and is complete")
-        self.state = State(**last["state"])
+        # A journal of before ids were kept says nothing of the ids that it has.
+        self.state = State(**{"max_id": None} | last["state"])
         if not skips and set(self.state.dropped) - {EMPTY.reason}:
             raise self._refusal("was begun with --on-error skip, and has skipped lines")
         self.done = len(finished)

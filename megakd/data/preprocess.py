@@ -249,6 +249,8 @@ class _Run:
         self._state.has_weights = self._weights.has_weights
         lengths = iter(packed.lengths.tolist())
         state, record = self._state, 0
+        if state.max_id is not None and len(packed.ids):
+            state.max_id = max(state.max_id, int(packed.ids.max()))
         for source, line, problem in chunk.entries:
             if not line:
                 self._partial.finish_source(source, state)
@@ -299,6 +301,7 @@ class _Run:
             kind="examples" if self._settings.masks else "text",
             documents=self._state.documents,
             tokens=self._state.tokens,
+            max_id=self._state.max_id,
             settings=self._settings.metadata() | self._mask_metadata(),
         )
         self._partial.complete(self._state)

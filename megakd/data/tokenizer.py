@@ -38,6 +38,10 @@ class Tokenizer(Protocol):
         """The vocabulary's pieces by id; None where an id has none."""
         ...
 
+    def special_ids(self) -> frozenset[int]:
+        """Ids that stand for no text: those that begin, end and part texts."""
+        ...
+
 
 class HuggingFaceTokenizer:
     """A tokenizer that transformers loads from a folder; code found in the folder is never run."""
@@ -113,6 +117,10 @@ class HuggingFaceTokenizer:
             pieces[index] = piece
         return pieces
 
+    def special_ids(self) -> frozenset[int]:
+        added = self._tokenizer.added_tokens_decoder
+        return frozenset(self._tokenizer.all_special_ids) | {index for index, token in added.items() if token.special}
+
 
 class SentencePieceTokenizer:
     """A sentencepiece `.model` file read with the sentencepiece library itself."""
@@ -146,6 +154,9 @@ class SentencePieceTokenizer:
 
     def pieces(self) -> list[str | None]:
         return [self._model.id_to_piece(i) for i in range(self.vocab_size)]
+
+    def special_ids(self) -> frozenset[int]:
+        return frozenset(i for i in range(self.vocab_size) if self._model.is_control(i))
 
 
 def has_tokenizer(path: str | Path) -> bool:

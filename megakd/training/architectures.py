@@ -9,6 +9,7 @@ from megakd.common.errors import UserError, naming
 from megakd.config.architecture import GPTArchitecture
 from megakd.config.schema import Config
 from megakd.convert.hf_config import architecture_from_hf
+from megakd.data.known_ids import EmbeddingRows
 
 
 def teacher_folder(config: Config) -> str | None:
@@ -53,6 +54,22 @@ def shared_vocab_size(config: Config) -> int:
     """Token ids that student and teacher both know: their vocabularies may differ by padding at the end."""
     student = student_architecture(config).vocab_size
     return student if config.teacher is None else min(student, teacher_architecture(config).vocab_size)
+
+
+def embedding_rows(config: Config) -> list[EmbeddingRows]:
+    """How many ids each model knows; every id of the data must be one of each."""
+    resize = "Resize its embedding to the tokenizer (resize_token_embeddings in transformers), or"
+    rows = student_architecture(config).vocab_size
+    if config.student.init is None:
+        found = [EmbeddingRows("the student (student.architecture)", rows, "Raise student.architecture.vocab_size.")]
+    else:
+        name = f"the student (student.init.path: {config.student.init.path})"
+        found = [EmbeddingRows(name, rows, f"{resize} start from one that has them.")]
+    if config.teacher is not None:
+        name = f"the teacher (teacher.path: {config.teacher.path})"
+        rows = teacher_architecture(config).vocab_size
+        found.append(EmbeddingRows(name, rows, f"{resize} name a teacher that has them."))
+    return found
 
 
 def exported_folder(config: Config) -> Path:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import tempfile
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from megakd.cache.reader import CacheReader
 from megakd.checkpoint.record import newest_record
 from megakd.common.errors import UserError, naming
-from megakd.common.logging import log
 from megakd.config.architecture_checks import check_architecture
 from megakd.config.checks import check_cache_config, check_config
 from megakd.config.layouts import teacher_parallel, teacher_section, with_teacher_alone
@@ -18,19 +16,18 @@ from megakd.config.logging_checks import check_profiled_steps
 from megakd.config.schema import Config
 from megakd.convert import check_can_export, check_weights, read_hf_config
 from megakd.convert.hf_config_writing import family_for_export
-from megakd.data.fingerprint import check_same_tokenizer, read_metadata
 from megakd.platform import detect_accelerations, resolve_layer_spec
 from megakd.training.architectures import (
     exported_folder,
     source_folder,
     student_architecture,
     teacher_architecture,
-    teacher_folder,
 )
 from megakd.training.drift import check_changes, find_changes
 from megakd.training.run_folder import CHECKPOINTS
 from megakd.training.teacher_cache import cache_codec, check_cache_fits
 from megakd.training.train_data import Purpose, held_out_sources, open_held_out_data, open_train_data, run_steps
+from megakd.training.vocabulary_checks import check_vocabulary
 
 
 def preflight(config: Config, world_size: int, *, accept_changes: bool = False) -> None:
@@ -69,8 +66,7 @@ def preflight_cache(config: Config, world_size: int) -> None:
     cache_codec(config)
     open_train_data(config)
     _check_positions(config)
-    assert config.teacher is not None
-    _check_tokenizers(config, [config.teacher.path], ("train",))
+    check_vocabulary(config, ("train",), with_student=False)
 
 
 def check_models(config: Config) -> None:
@@ -118,26 +114,7 @@ def _check_data(config: Config) -> None:
         if held_out_sources(config, purpose) is not None:
             open_held_out_data(config, purpose)
     _check_positions(config)
-    teacher = teacher_folder(config)
-    # The teacher reads these ids, and the student is exported with its own folder's tokenizer: both must agree.
-    models = dict.fromkeys(path for path in (teacher, source_folder(config)) if path is not None)
-    keys = ("train", "valid", "test")
-    _check_tokenizers(config, models, keys)
-    for key in keys:
-        for source in getattr(config.data, key) or ():
-            _check_ids(f"data.{key}", source.path, config)
-
-
-def _check_tokenizers(config: Config, models: Iterable[str | Path], keys: Sequence[str]) -> None:
-    """Hold data against the models' tokenizers; what cannot be compared is said once, however many it is true of."""
-    checks = [
-        check_same_tokenizer(source.path, model, key=f"data.{key}")
-        for key in keys
-        for source in getattr(config.data, key) or ()
-        for model in models
-    ]
-    for message in dict.fromkeys(check.message for check in checks if not check.checked):
-        log.warning(message)
+    check_vocabulary(config, ("train", *purposes))
 
 
 def _check_positions(config: Config) -> None:
@@ -153,17 +130,6 @@ def _check_positions(config: Config) -> None:
                 f"data.reset_position_ids is true and has no effect on the {role}'s rotary positions while "
                 "data.reset_attention_mask is false. Set data.reset_attention_mask to true, or leave both out."
             )
-
-
-def _check_ids(key: str, prefix: str, config: Config) -> None:
-    """Token ids beyond the student's vocabulary would be looked up in rows that do not exist."""
-    metadata = read_metadata(prefix)
-    known = student_architecture(config).vocab_size
-    if metadata is not None and metadata["tokenizer"]["vocab_size"] > known:
-        raise UserError(
-            f"{key}: {prefix} was written with a tokenizer of {metadata['tokenizer']['vocab_size']} ids; the student "
-            f"knows {known}. Preprocess the data with the student's tokenizer."
-        )
 
 
 def _check_wandb(config: Config) -> None:

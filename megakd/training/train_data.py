@@ -15,8 +15,10 @@ from megakd.config.schema import Config, DataSource
 from megakd.data.examples import Examples, ExampleSamples
 from megakd.data.fingerprint import read_metadata
 from megakd.data.indexed import MASK_ENDING, TokenStream
+from megakd.data.known_ids import CheckedSamples
 from megakd.data.order import SampleOrder, Share, shares_by_epochs, shares_by_weight
 from megakd.data.samples import Blend, Samples, Split, TokenSamples, split_items
+from megakd.training.architectures import embedding_rows
 from megakd.training.schedule import total_steps
 
 Purpose = Literal["train", "valid", "test"]
@@ -170,7 +172,8 @@ def _open(config: Config, source: DataSource, key: str, purpose: Purpose | None)
             reset_attention_mask=data.reset_attention_mask,
             eod_mask_loss=data.eod_mask_loss,
         )
-        return DataPart(source, False, samples, _items_for(config, purpose, samples.num_samples), [])
+        checked = CheckedSamples(samples, embedding_rows(config), key=key, prefix=source.path)
+        return DataPart(source, False, checked, _items_for(config, purpose, samples.num_samples), [])
     examples = Examples(source.path, data.loss_on, key=key)
     packed = ExampleSamples(
         examples,
@@ -180,7 +183,8 @@ def _open(config: Config, source: DataSource, key: str, purpose: Purpose | None)
         truncation=data.truncation,
         packing=data.packing,
     )
-    return DataPart(source, True, packed, range(packed.num_samples), packed.fit.describe(key, source.path))
+    checked = CheckedSamples(packed, embedding_rows(config), key=key, prefix=source.path)
+    return DataPart(source, True, checked, range(packed.num_samples), packed.fit.describe(key, source.path))
 
 
 def _items_for(config: Config, purpose: Purpose | None, count: int) -> range:

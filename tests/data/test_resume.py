@@ -181,6 +181,21 @@ def test_a_torn_journal_line_is_not_believed(
     assert contents(begun) == expected
 
 
+def test_a_journal_that_knows_no_ids_gives_no_largest_one(
+    inputs: list[str], begun: Path, sentencepiece_file: Path, expected: dict[str, bytes]
+) -> None:
+    """One of an older version: the largest of the ids that are still to come may not be the largest of all."""
+    journal = partial_path(begun) / "journal.jsonl"
+    entries = [json.loads(line) for line in journal.read_text().splitlines()]
+    for entry in entries:
+        del entry["state"]["max_id"]
+    journal.write_text("".join(f"{json.dumps(entry)}\n" for entry in entries[:4]))
+    run(inputs, begun, sentencepiece_file)
+    found = json.loads(contents(begun)["json"])
+    whole = json.loads(expected["json"])
+    assert whole.pop("max_id") > 0 and found == whole
+
+
 def test_two_runs_do_not_write_one_output(sentencepiece_file: Path, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(sentencepiece_file)
 
