@@ -48,6 +48,7 @@ _HARMLESS = (
 )
 _LENGTH = ("schedule.train_steps", "schedule.train_tokens", "schedule.train_epochs")
 _ABSENT = object()
+TEACHER_CONTENTS = "the contents of teacher.path"
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,9 @@ def describe_contents(config: Config, data: TrainData) -> dict[str, str]:
     if config.teacher is not None:
         path = Path(config.teacher.path)
         if config.teacher.source == "online":
-            contents["the contents of teacher.path"] = file_hash(path / "config.json") + model_hash(path)
+            contents[TEACHER_CONTENTS] = file_hash(path / "config.json") + model_hash(path)
         else:
-            contents["the contents of teacher.path"] = job_id(CacheReader(path).manifest.job).hex()
+            contents[TEACHER_CONTENTS] = job_id(CacheReader(path).manifest.job).hex()
     return contents
 
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
-from torch import Tensor
 
-from megakd.config.layouts import window_microbatches
+from megakd.config.layouts import window_microbatches, windows_per_step
 from megakd.config.schema import Config, EvaluationSection
 from megakd.data.batches import EvaluationBatches
 from megakd.parallel.mesh import ModelMesh
-from megakd.training.train_data import HeldOutData
+from megakd.training.train_data import HeldOutData, TrainData
 
 # More would fill no pipeline better.
 _MOST_MICROBATCHES = 8
+_WINDOWS_PER_CHECK = 100
 
 
 def evaluates_after(step: int, steps: int, evaluation: EvaluationSection) -> bool:
@@ -32,9 +30,38 @@ def evaluation_window(config: Config, students: int) -> int:
     return min(_MOST_MICROBATCHES, window_microbatches(config, students))
 
 
-def held_out_batches(
-    config: Config, data: HeldOutData, mesh: ModelMesh, device: torch.device
-) -> Iterable[dict[str, Tensor]]:
+def checks_teacher_first(config: Config, first_step: int, steps: int) -> bool:
+    """Whether a run from `first_step` to `steps` measures its teacher by itself before it trains."""
+    evaluates = config.evaluation.at_start and first_step == 0
+    return config.distill.kd_weight > 0 and first_step < steps and not evaluates
+
+
+def checks_teacher_after(step: int, steps: int, config: Config, students: int) -> bool:
+    """Whether a run of so many steps measures its teacher by itself after its step `step`, counted from 1.
+
+    At the end, and where a checkpoint is due after at least so many windows that the measuring is a hundredth of them;
+    not where an evaluation measures it.
+
+    Args:
+        students: the student's ranks.
+    """
+    if config.distill.kd_weight == 0 or evaluates_after(step, steps, config.evaluation):
+        return False
+    save_interval = config.checkpoint.save_interval
+    if not save_interval:
+        return step == steps
+    windows = save_interval * windows_per_step(config, students)
+    return step == steps or step % (save_interval * -(-_WINDOWS_PER_CHECK // windows)) == 0
+
+
+def check_samples(config: Config, data: TrainData, held_out: HeldOutData | None) -> HeldOutData:
+    """Samples whose first microbatch a teacher is measured on: those held out, else those of the first step."""
+    if held_out is not None:
+        return held_out
+    return HeldOutData(data.samples, data.order.sample_ids(0, config.data.global_batch_size), [])
+
+
+def held_out_batches(config: Config, data: HeldOutData, mesh: ModelMesh, device: torch.device) -> EvaluationBatches:
     """This data rank's part of the held-out samples."""
     return EvaluationBatches(
         data.samples,

@@ -41,9 +41,16 @@ from megakd.training.build import (
     build_student,
     build_teacher,
 )
-from megakd.training.drift import check_changes, describe_contents, find_changes
+from megakd.training.drift import TEACHER_CONTENTS, check_changes, describe_contents, find_changes
 from megakd.training.export import export_student, parameters_gathered
-from megakd.training.held_out import evaluates_after, evaluation_window, held_out_batches
+from megakd.training.held_out import (
+    check_samples,
+    checks_teacher_after,
+    checks_teacher_first,
+    evaluates_after,
+    evaluation_window,
+    held_out_batches,
+)
 from megakd.training.metrics import MetricsWriter, describe_scores
 from megakd.training.objective import Objective
 from megakd.training.profiling import StepProfiler
@@ -51,6 +58,7 @@ from megakd.training.run_folder import CHECKPOINTS, save_run_description
 from megakd.training.schedule import learning_rate
 from megakd.training.step import StepResult, train_step
 from megakd.training.step_record import step_record
+from megakd.training.teacher_check import TeacherCheck, build_teacher_check
 from megakd.training.timing import RankTimes, time_student
 from megakd.training.train_data import held_out_sources, open_held_out_data, open_train_data, run_steps
 from megakd.training.watch import Best, Counters
@@ -105,6 +113,12 @@ class Run:
         self._steps = run_steps(config, self._data)
         self._accept_changes = accept_changes
         self._contents = on_rank_0(lambda: describe_contents(config, self._data))
+        self._teacher_check: TeacherCheck | None = None
+        if self._teacher is not None:
+            self._teacher_check = build_teacher_check(
+                config, self._teacher, self._student, check_samples(config, self._data, self._held_out),
+                self._contents[TEACHER_CONTENTS], layer_spec,
+            )  # fmt: skip
         self._checkpoints = RunCheckpoints(
             self.folder / CHECKPOINTS,
             self._student.model,
@@ -160,6 +174,8 @@ class Run:
             with self._metrics:
                 if config.evaluation.at_start and self._counters.step == 0:
                     self._evaluate()
+                elif checks_teacher_first(config, self._counters.step, self._steps):
+                    self._check_teacher()
                 interrupted = self._agree()
                 while interrupted is None and not self._is_over():
                     profiler.before(self._counters.step + 1)
@@ -253,6 +269,8 @@ class Run:
                 "go on from the one before it."
             )
         best = evaluates_after(counters.step, self._steps, config.evaluation) and self._evaluate()
+        if checks_teacher_after(counters.step, self._steps, config, dist.get_world_size()):
+            self._check_teacher()
         over = self._is_over()
         every = config.checkpoint.save_interval
         if counters.skipped_in_a_row and not over:
@@ -312,6 +330,21 @@ class Run:
             return signal_name or "a signal to another rank"
         return f"run.time_limit_minutes {limit:g}" if late else None
 
+    def _check_teacher(self) -> None:
+        """Measure the teacher by itself, if there is one that computes."""
+        if self._teacher_check is not None:
+            self.watchdog.enter("checking the teacher")
+            self._teacher_check.run()
+            self._judge_teacher(self._teacher_check)
+
+    def _judge_teacher(self, check: TeacherCheck) -> None:
+        """Stop where the teacher is not what it was; a checkpoint that is being written is finished first."""
+        try:
+            self._counters.teacher = check.judge(self._counters.teacher, self._counters.step)
+        except UserError:  # on every rank, since all have one figure
+            self._heed(self._checkpoints.finish())
+            raise
+
     def _scores(self) -> Scores:
         assert self._held_out is not None, "checked at the start"
         self.watchdog.enter("evaluating")
@@ -319,7 +352,7 @@ class Run:
             self._student.model,
             self.mesh,
             self.watchdog.beats(held_out_batches(self.config, self._held_out, self.mesh, self.platform.device)),
-            self._teacher,
+            self._teacher_check or self._teacher,
             vocab_size=self._objective.vocab_size,
             chunk_mib=self.config.distill.loss_chunk_mib,
             sequence_parallel=self._student.sequence_parallel,
@@ -329,7 +362,10 @@ class Run:
     def _evaluate(self) -> bool:
         """Measure; whether it is the best so far by evaluation.metric."""
         step, metric = self._counters.step, self.config.evaluation.metric
-        scores = self.scores[step] = self._scores()
+        scores = self._scores()
+        if self._teacher_check is not None:
+            self._judge_teacher(self._teacher_check)
+        self.scores[step] = scores
         self._metrics.evaluation(step, scores.to_dict())
         if metric is None or step == 0:
             return False

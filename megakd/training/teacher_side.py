@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 
 from megakd.common.watchdog import Watchdog
 from megakd.config.layouts import (
@@ -20,8 +21,14 @@ from megakd.parallel.random_state import seed_megatron
 from megakd.platform import Joint, Platform, communication_timeout, detect_accelerations, resolve_layer_spec
 from megakd.teacher.turns import Task
 from megakd.training.build import build_mesh, build_teacher_server
-from megakd.training.held_out import evaluates_after, evaluation_window
-from megakd.training.train_data import held_out_sources, open_held_out_data, open_train_data
+from megakd.training.held_out import (
+    check_samples,
+    checks_teacher_after,
+    checks_teacher_first,
+    evaluates_after,
+    evaluation_window,
+)
+from megakd.training.train_data import HeldOutData, held_out_sources, open_held_out_data, open_train_data
 
 _Turn = tuple[Sequence[Batch], Window]
 
@@ -38,25 +45,26 @@ class TeacherSide:
         seed_megatron(config.run.seed, self.mesh)  # megatron-core asks for its random state, dropout or not
         self.server = build_teacher_server(config, joint, self.mesh, layer_spec, watchdog.beat)
         self._data = open_train_data(config)
-        self._held_out = None
+        self._held_out: HeldOutData | None = None
         if held_out_sources(config, config.evaluation.split) is not None:
             self._held_out = open_held_out_data(config, config.evaluation.split)
         self._students = student_ranks(config, joint.size)
+        self._check_samples = check_samples(config, self._data, self._held_out)
 
     def serve(self) -> None:
         """Compute what the student asks for, until it ends."""
         self.watchdog.enter("waiting for the student", waits=True)
         task = self.server.turns.task()
         if task.evaluates_only:
-            self._serve(self._evaluation(), task.first_step)
+            assert self._held_out is not None, "checked at the start"
+            self._serve(self._evaluation(self._held_out), task.first_step)
         else:
             self._serve_steps(task)
         self.watchdog.enter("waiting for the student to end", waits=True)
         self.server.turns.leave()
 
     def _serve_steps(self, task: Task) -> None:
-        evaluation = self.config.evaluation
-        if evaluation.at_start and task.first_step == 0 and not self._serve(self._evaluation(), 0):
+        if not self._serve(self._before(task), task.first_step):
             return
         batches = self._train_batches() if self.config.distill.kd_weight > 0 else None
         try:
@@ -66,7 +74,7 @@ class TeacherSide:
                     if not self._serve(self._training(batches.microbatches(step)), step + 1):
                         return
                     self.server.turns.step_done(step)
-                if evaluates_after(step + 1, task.steps, evaluation) and not self._serve(self._evaluation(), step + 1):
+                if not self._serve(self._after(step + 1, task), step + 1):
                     return
         finally:
             if batches is not None:
@@ -102,13 +110,31 @@ class TeacherSide:
         window = Window(data.global_batch_size // count, data.sequence_length, self._data.samples.has_segments)
         return ((microbatches[start : start + each], window) for start in range(0, len(microbatches), each))
 
-    def _evaluation(self) -> Iterator[_Turn]:
-        """The windows that the student goes through when it is measured."""
-        assert self._held_out is not None, "checked at the start"
-        config, samples = self.config, self._held_out.samples
+    def _before(self, task: Task) -> Iterator[_Turn]:
+        """The windows before the first step."""
+        if self.config.evaluation.at_start and task.first_step == 0:
+            assert self._held_out is not None, "checked at the start"
+            return self._evaluation(self._held_out)
+        return self._check() if checks_teacher_first(self.config, task.first_step, task.steps) else iter(())
+
+    def _after(self, step: int, task: Task) -> Iterator[_Turn]:
+        """The windows between a step, counted from 1, and the next."""
+        if evaluates_after(step, task.steps, self.config.evaluation):
+            assert self._held_out is not None, "checked at the start"
+            return self._evaluation(self._held_out)
+        due = checks_teacher_after(step, task.steps, self.config, self._students)
+        return self._check() if due else iter(())
+
+    def _check(self) -> Iterator[_Turn]:
+        """The window that the teacher is measured on by itself."""
+        return islice(self._evaluation(self._check_samples, window=1), 1)
+
+    def _evaluation(self, data: HeldOutData, window: int | None = None) -> Iterator[_Turn]:
+        """The windows, of so many of the student's microbatches, that it goes through when it is measured."""
+        config, samples = self.config, data.samples
         own = EvaluationBatches(
             samples,
-            self._held_out.ids,
+            data.ids,
             micro_batch_size=teacher_micro_batch_size(config),
             data_parallel_rank=self.mesh.dp_rank,
             data_parallel_size=self.mesh.dp_size,
@@ -117,8 +143,8 @@ class TeacherSide:
         )
         unit = config.data.micro_batch_size * (self._students // ranks_per_replica(config.parallel))
         stop = -(-own.num_samples // unit) * unit
-        size = evaluation_window(config, self._students) * unit
+        size = (window or evaluation_window(config, self._students)) * unit
         for first in range(0, stop, size):
             last = min(first + size, stop)
-            window = Window(last - first, samples.sequence_length, samples.has_segments)
-            yield list(own.between(first, last)), window
+            of_samples = Window(last - first, samples.sequence_length, samples.has_segments)
+            yield list(own.between(first, last)), of_samples

@@ -68,6 +68,22 @@ class Best:
 
 
 @dataclass
+class TeacherFigure:
+    """The first figure of a run's teacher, which later ones must equal; see training.teacher_check.
+
+    Attributes:
+        value: nats, at step `step`.
+        good_step: of the newest figure, which was equal.
+        identity: of teacher and samples.
+    """
+
+    value: float | None = None
+    step: int | None = None
+    good_step: int | None = None
+    identity: str | None = None
+
+
+@dataclass
 class Counters:
     """The loop's numbers that a checkpoint keeps: with them a resumed run says and does what the whole one would.
 
@@ -84,6 +100,7 @@ class Counters:
     proven_step: int | None = None
     spikes: LossSpikes = field(default_factory=LossSpikes)
     best: Best = field(default_factory=Best)
+    teacher: TeacherFigure = field(default_factory=TeacherFigure)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
@@ -92,4 +109,9 @@ class Counters:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Counters:
         """What `to_dict` gave."""
-        return cls(**values | {"spikes": LossSpikes(**values["spikes"]), "best": Best(**values["best"])})
+        parts = {
+            "spikes": LossSpikes(**values["spikes"]),
+            "best": Best(**values["best"]),
+            "teacher": TeacherFigure(**values.get("teacher", {})),  # not there in checkpoints of before it was kept
+        }
+        return cls(**values | parts)
