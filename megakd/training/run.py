@@ -19,10 +19,10 @@ from megakd.common.logging import log
 from megakd.common.step_parts import DATA
 from megakd.common.stop_request import Interruption, stop_requested
 from megakd.common.watchdog import Watchdog
-from megakd.config.architecture import GPTArchitecture
 from megakd.config.schema import Config
 from megakd.data.batches import TrainBatches
 from megakd.evaluation import Scores, evaluate
+from megakd.job.flops import step_flops
 from megakd.parallel.random_state import seed_megatron
 from megakd.parallel.rank_0 import on_rank_0
 from megakd.platform import Joint, Platform, detect_accelerations, resolve_layer_spec
@@ -111,6 +111,13 @@ class Run:
         if held_out_sources(config, config.evaluation.split) is not None:
             self._held_out = open_held_out_data(config, config.evaluation.split)
         self._steps = run_steps(config, self._data)
+        computes = self._training_teacher is not None and self._cached_teacher is None
+        self._step_flops = step_flops(
+            self._student.architecture,
+            teacher_architecture(config) if computes else None,
+            config.data.sequence_length,
+            config.data.global_batch_size * config.data.sequence_length,
+        )
         self._accept_changes = accept_changes
         self._contents = on_rank_0(lambda: describe_contents(config, self._data))
         self._teacher_check: TeacherCheck | None = None
@@ -253,8 +260,7 @@ class Run:
         odd = self._judge(result, batches)
         record = step_record(
             config, result, times, step=counters.step, tokens=counters.tokens, learning_rate=rate,
-            student=self._student.architecture, teacher=self._running_teacher(), ranks=self._ranks,
-            teacher_times=self._teacher_times(),
+            flops=self._step_flops, ranks=self._ranks, teacher_times=self._teacher_times(),
         )  # fmt: skip
         self._metrics.step(record | odd)
         if self._metrics.is_told(counters.step):
@@ -298,11 +304,6 @@ class Run:
         log.warning(f"step {counters.step} {text}; samples {_shortened(ids)}")
         event = "skipped" if result.skipped else "loss_spike"
         return {"skipped_steps": counters.skipped_steps, event: True, "sample_ids": ids}
-
-    def _running_teacher(self) -> GPTArchitecture | None:
-        """The teacher that computes in each step, if there is one."""
-        runs = self._training_teacher is not None and self._cached_teacher is None
-        return teacher_architecture(self.config) if runs else None
 
     def _teacher_times(self) -> TeacherTimes | None:
         """Where a teacher on ranks of its own left the time of the step that was just done; on rank 0."""

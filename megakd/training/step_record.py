@@ -5,9 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from megakd.common.step_parts import DATA, TEACHER
-from megakd.config.architecture import GPTArchitecture
 from megakd.config.schema import Config
-from megakd.job.flops import step_flops
 from megakd.teacher.turns import TeacherTimes
 from megakd.training.step import StepResult
 from megakd.training.timing import StepTimes
@@ -21,8 +19,7 @@ def step_record(
     step: int,
     tokens: int,
     learning_rate: float,
-    student: GPTArchitecture,
-    teacher: GPTArchitecture | None,
+    flops: float,
     ranks: int,
     teacher_times: TeacherTimes | None,
 ) -> dict[str, Any]:
@@ -30,12 +27,11 @@ def step_record(
 
     Args:
         tokens: counted so far, this step's included.
-        teacher: where it runs in the step.
+        flops: operations that a step needs.
         ranks: of the job, the teacher's own included.
         teacher_times: of a teacher on ranks of its own.
     """
     positions = config.data.global_batch_size * config.data.sequence_length
-    flops = step_flops(student, teacher, config.data.sequence_length, positions)
     seconds = times.step_seconds
     return {
         "step": step,

@@ -109,3 +109,35 @@ def test_evaluating_a_run_reads_its_newest_checkpoint(
     initial, end, again = run_ranks(1, run_twice, values_of(files, tmp_path, 3, {}))[0]
     assert again == end
     assert initial["cross_entropy"] != pytest.approx(end["cross_entropy"], rel=1e-3)
+
+
+def train_with_moved_models(values: dict[str, Any], folders: list[Path]) -> None:
+    """Train, with the models' config.json gone before the first step."""
+    from megakd.config.schema import Config
+    from megakd.training import distill, run
+
+    train_step = run.Run._train_step
+
+    def move_away(self: Any, *arguments: Any) -> None:
+        for folder in folders:
+            (folder / "config.json").rename(folder / "gone.json")
+        run.Run._train_step = train_step  # type: ignore[method-assign]
+        train_step(self, *arguments)
+
+    run.Run._train_step = move_away  # type: ignore[method-assign]
+    try:
+        distill(Config.model_validate(values))
+    finally:
+        run.Run._train_step = train_step  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("kd_weight", [0.5, 0.0])
+def test_a_run_reads_no_model_s_folder_once_it_has_started(
+    tmp_path: Path, run_ranks: Callable[..., list[Any]], kd_weight: float
+) -> None:
+    """All weights are in memory; a folder on a network may be moved, or its server away for a while."""
+    write_run_files(tmp_path, tied=True, samples=40)
+    write_tokens(tmp_path / "held_out", torch.arange(100).numpy())
+    values = values_of(tmp_path, tmp_path, 3, {"run__export": False, "distill__kd_weight": kd_weight})
+    run_ranks(1, train_with_moved_models, values, [tmp_path / "teacher", tmp_path / "student"])
+    assert [record["step"] for record in records(tmp_path)] == [1, 2, 3]
