@@ -152,7 +152,7 @@ def _keys_of_kind(options: RecordOptions, inputs: Sequence[str], format: Format)
     keys = _default_keys(options.record, options)
     if options.record != "sharegpt" or options.messages_key is not None:
         return keys
-    found = _first_record(CONVERSATION_KEYS, inputs, format)
+    found = next(_records(CONVERSATION_KEYS, inputs, format), None)
     lists = [] if found is None else [key for key in CONVERSATION_KEYS if is_sharegpt(found.record.get(key))]
     return keys._replace(messages=lists[0]) if lists else keys
 
@@ -172,34 +172,29 @@ def _keys_of_first(options: RecordOptions, inputs: Sequence[str], format: Format
     fields = [*(key for key in given if key is not None), *looked]
     if options.text_key is None:
         fields.insert(0, "text")  # a file of text is a record of the first field
-    found = _first_record(list(dict.fromkeys(fields)), inputs, format)
-    if found is None:
-        # Whose messages say what is wrong, unless options say that it should be something else.
-        kinds: tuple[Kind, ...] = ("text", "messages", "prompt")
-        return _default_keys(next((kind for kind in kinds if not any(_misused(options, kind))), "text"), options)
-    keys = _keys_of(found, options)
-    if keys.kind != "text":
-        note(f"the records are {_said(keys)}")
-    elif flags := [key for key in found.record if looks_like_flag(key) and key not in fields]:
-        note(f"{', '.join(flags)}: has no effect on text, of which every token is learnt")
-    return keys
+    for found in _records(list(dict.fromkeys(fields)), inputs, format):
+        fits = [*_fits(found, options)]
+        if fits:
+            keys = _chosen(found, fits, options)
+            if keys.kind != "text":
+                note(f"the records are {_said(keys)}")
+            elif flags := [key for key in found.record if looks_like_flag(key) and key not in fields]:
+                note(f"{', '.join(flags)}: has no effect on text, of which every token is learnt")
+            return keys
+        if all(found.record.get(key) is not None for key in PREFERENCES):
+            raise _preferences(found)
+    # Text's messages say what is wrong, unless options say that it should be something else.
+    kinds: tuple[Kind, ...] = ("text", "messages", "prompt")
+    return _default_keys(next((kind for kind in kinds if not any(_misused(options, kind))), "text"), options)
 
 
-def _keys_of(found: _First, options: RecordOptions) -> _Keys:
-    fits = [*_fits(found, options)]
-    if len(fits) > 1:
-        # An option that names a key of one kind has chosen.
-        fits = [keys for keys in fits if _is_named(keys, options)] or fits
+def _chosen(found: _First, fits: list[_Keys], options: RecordOptions) -> _Keys:
+    """The one of several that an option which names a key has chosen."""
+    fits = [keys for keys in fits if _is_named(keys, options)] or fits
     if len(fits) > 1:
         several = " and ".join(f"{WHAT[keys.kind]} (--record {keys.kind})" for keys in fits)
         raise UserError(f"{found.place}: the record may be {several}. Say which.")
-    if fits:
-        return fits[0]
-    if all(found.record.get(key) is not None for key in PREFERENCES):
-        raise _preferences(found)
-    kinds: tuple[Kind, ...] = ("text", "messages", "prompt")
-    named = [keys for keys in (_default_keys(kind, options) for kind in kinds) if _is_named(keys, options)]
-    return named[0] if named else _Keys("text")
+    return fits[0]
 
 
 def _is_named(keys: _Keys, options: RecordOptions) -> bool:
@@ -270,12 +265,12 @@ def _preferences(found: _First) -> UserError:
     )
 
 
-def _first_record(fields: Sequence[str], inputs: Sequence[str], format: Format) -> _First | None:
+def _records(fields: Sequence[str], inputs: Sequence[str], format: Format) -> Iterator[_First]:
+    """The first records of each file."""
     for source in file_sources(inputs, format):
         for line, value in islice(source.read(fields, Position(), True), LOOKED_AT):
             if isinstance(value, dict):
-                return _First(f"{source.name}:{line}", value)
-    return None
+                yield _First(f"{source.name}:{line}", value)
 
 
 def _read(path: str) -> str:

@@ -161,3 +161,9 @@ def test_where_nothing_can_be_read_options_are_not_blamed(tmp_path: Path) -> Non
         assert isinstance(record_settings(RecordOptions(**options), [str(tmp_path)]), ChatSettings)
     found = record_settings(RecordOptions(prompt_key="q", apply_chat_template=True), [str(tmp_path)])
     assert found == InstructionSettings("q", apply_chat_template=True)
+
+
+def test_a_record_that_is_nothing_does_not_decide(tmp_path: Path) -> None:
+    records = [{"input": "x"}, {"messages": None}, {"conversations": SHAREGPT}, {"text": "a"}]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, records)))
+    assert record_settings(RecordOptions(), [str(tmp_path)]) == ChatSettings("conversations")
