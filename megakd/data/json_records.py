@@ -6,6 +6,7 @@ import codecs
 import json
 import re
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import IO, Any
 
 from megakd.data.compressed import DAMAGE
@@ -38,8 +39,8 @@ def read_jsonl(stream: IO[bytes], fields: Sequence[str], flags: bool = False) ->
     """Yield (line, record or problem) for each line that is not empty; a bad line costs no other."""
     number = 0
     try:
-        while line := stream.readline(VALUE_LIMIT + 1):  # bytes end lines at \n only; text mode has other ideas
-            number += 1
+        # Bytes end lines at \n only; text mode has other ideas.
+        for number, line in enumerate(iter(partial(stream.readline, VALUE_LIMIT + 1), b""), start=1):
             if len(line) > VALUE_LIMIT and not line.endswith(b"\n"):
                 while line and not line.endswith(b"\n"):
                     line = stream.readline(READ)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
@@ -132,15 +132,14 @@ def looks_like_flag(key: str) -> bool:
     return any(part in lower for part in _FLAG_PARTS)
 
 
-def chosen_keys(there: Iterable[str], fields: Sequence[str], flags: bool) -> list[str]:
+def chosen_keys(there: Collection[str], fields: Sequence[str], flags: bool) -> list[str]:
     """Return the keys or columns of a record that are read: the fields that are there, and with `flags` what may flag.
 
     Empty where none of the fields is there: flags alone are no record.
     """
-    names = list(there)
-    chosen = [name for name in fields if name in names]
+    chosen = [name for name in fields if name in there]
     if chosen and flags:
-        chosen += [name for name in names if name not in chosen and looks_like_flag(name)]
+        chosen += [name for name in there if name not in chosen and looks_like_flag(name)]
     return chosen
 
 
