@@ -67,7 +67,8 @@ _OTHERS: tuple[tuple[bytes, str, str], ...] = (
     (rb"\s*<\?xml\s", "an XML document", _MARKUP),
 )
 _PATTERNS = [(re.compile(pattern, re.DOTALL), name, remedy) for pattern, name, remedy in _OTHERS]
-_RECORDS = re.compile(r"""\s*(?:\[\s*)?\{\s*(["'])[^"'\n]{0,200}\1\s*:""")
+# An object, or an array of such, up to the colon behind its first key, or to where the file was cut before that.
+_RECORDS = re.compile(r"""\s*(?:\[\s*)?\{\s*(?:\Z|(["'])[^"'\n]{0,200}(?:\Z|\1\s*(?::|\Z)))""")
 _SOMETHING = re.compile(r"\S")
 _ARROW_STREAM, _ARROW_FILE = b"\xff\xff\xff\xff", b"ARROW1\x00\x00"
 
@@ -204,7 +205,9 @@ def _json_format(text: str, whole: bool, suffix: str) -> Format | None:
     except Cut:
         return "jsonl" if by_lines and first == "{" and "\n" not in text[start:] else "json"
     except (ValueError, RecursionError):
-        return "json" if _RECORDS.match(text) and not (by_lines and first == "{") else None
+        # Of broken lines each is told by itself, which an object over several lines is not.
+        is_line = by_lines and first == "{" and text[start:].partition("\n")[0].strip() != "{"
+        return "json" if _RECORDS.match(text) and not is_line else None
     rest = text[end:].lstrip()
     if not rest:
         return "json"
