@@ -34,11 +34,13 @@ class Task:
     Attributes:
         first_step, steps: the training steps, counted from 0, and where they end.
         evaluates_only: one evaluation and no steps.
+        is_checked: between steps the student measures the teacher by itself, too.
     """
 
     first_step: int
     steps: int
     evaluates_only: bool = False
+    is_checked: bool = False
 
 
 @dataclass(frozen=True)

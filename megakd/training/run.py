@@ -175,7 +175,7 @@ class Run:
             boards=open_boards(config, self.folder, self._counters.step) if is_writer else (),
         )
         if self._turns is not None:
-            self._turns.start(Task(self._counters.step, self._steps))
+            self._turns.start(Task(self._counters.step, self._steps, is_checked=True))
         profiler = StepProfiler(config.logging.profile, self.folder, dist.get_rank(), self.platform, self._clock)
         try:
             with self._metrics:

@@ -115,14 +115,15 @@ class TeacherSide:
         if self.config.evaluation.at_start and task.first_step == 0:
             assert self._held_out is not None, "checked at the start"
             return self._evaluation(self._held_out)
-        return self._check() if checks_teacher_first(self.config, task.first_step, task.steps) else iter(())
+        due = task.is_checked and checks_teacher_first(self.config, task.first_step, task.steps)
+        return self._check() if due else iter(())
 
     def _after(self, step: int, task: Task) -> Iterator[_Turn]:
         """The windows between a step, counted from 1, and the next."""
         if evaluates_after(step, task.steps, self.config.evaluation):
             assert self._held_out is not None, "checked at the start"
             return self._evaluation(self._held_out)
-        due = checks_teacher_after(step, task.steps, self.config, self._students)
+        due = task.is_checked and checks_teacher_after(step, task.steps, self.config, self._students)
         return self._check() if due else iter(())
 
     def _check(self) -> Iterator[_Turn]:
