@@ -76,23 +76,18 @@ class _Finder:
         self._text = marked.here.text
         template = conversation.template
         self._units = units_of(template.special_tokens)
-        first = marked.here.places[0].position if marked.here.places else 0
-        asked = (place.position for place in marked.here.places if self._role(place.mark.message) == "user")
         self._turn_ends = TurnEnds(
             self._units,
-            head=self._text[:first],
-            asks=self._text[: next(asked, 0)],
+            list(marked.here.heads()),
             eos=template.eos_token,
             bos=template.bos_token,
+            end_of_questions=self._end_of_questions,
         )
         # Headers and ends by the text around them: a long conversation has few that differ.
         self._headers: dict[str, int] = {}
         self._ends: dict[tuple[str, bool], str] = {}
         self._answers_end: str | None = None
-
-    def _role(self, number: int) -> str:
-        role: str = self._messages[number]["role"]
-        return role
+        self._header: str | None = None
 
     def spans(self) -> list[Span]:
         spans: list[Span] = []
@@ -100,14 +95,15 @@ class _Finder:
             if message["role"] != ASSISTANT:
                 continue
             after = spans[-1].end if spans else 0
-            own = self._own(number)
+            own = self._own(number, after)
             if own is None:
                 continue
             start = self._start(number, own, after)
             spans.append(Span(start, max(start, self._end(number, own, start)), number))
+            self._refuse_turns_within(number)
         return spans
 
-    def _own(self, number: int) -> list[int] | None:
+    def _own(self, number: int, after: int) -> list[int] | None:
         """Positions of what the message says, in order; None where the template writes nothing of it."""
         found = [place.position for place in self._marked.here.of(number)]
         if found:
@@ -118,8 +114,8 @@ class _Finder:
         if texts_of(self._messages[number]) or self._messages[number].get("tool_calls"):
             raise RecordError(
                 NOT_FOUND,
-                f"the start of message {number} cannot be told: what it says is not in the text as it stands there. "
-                f"{REMEDY}",
+                f"the start of message {number} cannot be told: what it says is not in the text as it stands there"
+                f"{self._shown(after)}. {self._remedy(number)}",
             )
         shorter = [self._conversation.try_render(self._messages[: number + more]) for more in (0, 1)]
         return None if shorter[0] is not None and shorter[0] == shorter[1] else []
@@ -148,12 +144,43 @@ class _Finder:
         gap = self._text[before.position : bound] if before is not None and own else None
         if gap is not None and gap in self._headers:
             return bound - len(gap) + self._headers[gap]
-        start = self._prompted(number, after, bound)
+        start = self._prompted(number, after, bound) if number else self._first(bound)
         if start is None:
             start = self._unprompted(number, own, after, bound)
         if gap is not None and bound - len(gap) <= start:
             self._headers[gap] = start - (bound - len(gap))
         return start
+
+    def _first(self, bound: int) -> int | None:
+        """Where the header of a conversation's first message ends: the one that is written behind a question."""
+        header = self._asked_header()
+        place = self._text.rfind(header, 0, bound) if header else -1
+        return place + len(header) if place >= 0 else None
+
+    def _asked_header(self) -> str:
+        """What the template writes behind a question when it is asked for the answer; "" where that cannot be told."""
+        if self._header is None:
+            asks: list[Message] = [{"role": "user", "content": "And then?"}]
+            asked, unasked = (self._conversation.try_render(asks, prompt=prompt) for prompt in (True, False))
+            is_behind = asked is not None and unasked is not None and asked.startswith(unasked)
+            header = asked[len(unasked) :] if is_behind and asked is not None and unasked is not None else ""
+            self._header = header if header.strip() else ""
+        return self._header
+
+    def _refuse_turns_within(self, number: int) -> None:
+        """Raise RecordError where the template writes a message with a header within, which is not the answer's own."""
+        places, said = self._marked.here.of(number), str(self._messages[number])
+        for one, other in zip(places, places[1:], strict=False):
+            between = self._text[one.position : other.position]
+            at = self._turn_ends.header_at(between) if one.mark.kind != "start" else None
+            if at is None or not self._turn_ends.ends_a_turn(between[:at]) or between[at:].split()[0][:8] in said:
+                continue
+            if not between[at:].startswith(self._asked_header().strip() or between[at:]):
+                raise RecordError(
+                    NOT_FOUND,
+                    f"the chat template writes message {number} as turns of several kinds"
+                    f"{self._shown(one.position + at)}. {REMEDY}",
+                )
 
     def _prompted(self, number: int, after: int, bound: int) -> int | None:
         """Where the header ends that the template writes for an answer; None where the text has another."""
@@ -188,11 +215,15 @@ class _Finder:
             return None
         has_header = unasked.text != asked.text or self._writes_headers_unasked(number, asked)
         here, there = self._anchor(asked, len(asked.text))
-        differ = here + len("".join(self._units.common([asked.text[there:], self._text[here:bound]])))
+        common = "".join(self._units.common([asked.text[there:], self._text[here:bound]]))
+        differ = here + len(common)
+        other = self._units.first(asked.text[there + len(common) :], 1)
+        if other and other[0].isalnum():
+            return None  # within the header: a turn of another kind
         # Behind what ends the message before, of which the header's beginning is told from the text without it.
         begin = self._anchor(unasked, len(unasked.text))[0]
-        end = self._turn_ends.header_at(self._text[begin:bound])
-        return differ if has_header and max(after, begin + end) < differ <= bound else None
+        end = self._turn_ends.header_at(self._text[begin:differ])
+        return differ if has_header and max(after, begin + (end or 0)) < differ <= bound else None
 
     def _unprompted(self, number: int, own: Sequence[int], after: int, bound: int) -> int:
         """Where a turn begins whose header the template does not write when asked, or writes otherwise."""
@@ -312,7 +343,8 @@ class _Finder:
         if not places or places[-1].mark.kind != "call":
             others = [text for text in followed if text is not None]
             return self._turn_ends.end(tail, alone, others, is_last=is_last)
-        found = self._turn_ends.call_end(tail, self._end_of_answers(), alone, *followed)
+        asked, answered = followed
+        found = self._turn_ends.call_end(tail, self._end_of_answers(), alone, asked, answered, is_last=is_last)
         if found is None:
             raise self._no_end(number, places[-1].position)
         return found
@@ -333,6 +365,14 @@ class _Finder:
             self._answers_end = end.strip() if self._units.has_mark(end) else ""
         return self._answers_end
 
+    def _end_of_questions(self) -> str:
+        """What the template writes behind a question, whatever follows."""
+        marks = [self._marked.new_mark() for _ in range(2)]
+        asks: list[Message] = [{"role": "user", "content": f"And then?{mark}"} for mark in marks]
+        texts = [self._conversation.try_render(messages) for messages in (asks[:1], asks)]
+        tails = [one.partition(marks[0])[2].split("And then?")[0] for one in texts if one is not None]
+        return self._turn_ends.before_header(tails[-1], tails[:1]) if len(tails) == 2 else ""
+
     def _no_end(self, number: int, position: int) -> RecordError:
         return RecordError(
             NOT_FOUND,
@@ -348,6 +388,11 @@ class _Finder:
         if not isinstance(calls, list) or not calls:
             return [asks]
         return [asks, [_result(call, f"{mark}done") for call in calls]]
+
+    def _remedy(self, number: int) -> str:
+        if isinstance(self._messages[number].get("content"), str) and self._conversation.template.takes_parts:
+            return f'Write its content as [{{"type": "text", "text": ...}}], or use {REMEDY[4:]}'
+        return REMEDY
 
     def _shown(self, position: int) -> str:
         return f" (at {excerpt(self._text, position)})"

@@ -19,6 +19,7 @@ from megakd.data.chat_template import REASONING, Conversation, Message, RecordEr
 from megakd.data.offsets import OffsetTokenizer, Turn, require_offsets, turn_mask, turn_weights
 from megakd.data.record_formats import as_conversation
 from megakd.data.records import (
+    ALL_SKIPPED,
     EARLIER,
     EMPTY_TURN,
     LEFT_OUT,
@@ -40,7 +41,6 @@ ARGUMENTS_KEY = "chat_template_kwargs"
 NO_MESSAGES = "not a list of messages"
 NO_ASSISTANT = Problem("no assistant message", "there is nothing to learn from")
 EMPTY_RESPONSE = Problem("empty response")
-ALL_SKIPPED = Problem("nothing to learn", "all assistant turns are flagged not to be learned")
 Example = tuple[str, list[Turn], tuple[str, ...]]
 
 

@@ -20,7 +20,7 @@ WRONG_FLAG = "flag that is not understood"
 # On or off, as axolotl, OpenAI's and TRL's formats, ms-swift and others write it.
 _SWITCHES = ("train", "trainable", "loss", "loss_mask")
 _WEIGHT = "weight"
-_WORDS = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}
+_WORDS = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False, "on": True, "off": False}
 
 
 class Weights(NamedTuple):
@@ -49,7 +49,8 @@ def message_weights(messages: Sequence[Message], name: str, record: Mapping[str,
             raise RecordError(
                 WRONG_FLAG, f"'{name}[{number}]' weighs {own:g} times the record's {whole:g}. Correct them"
             )
-        notes.update(dict.fromkeys(_unknown(message, ())))
+        for flags in (message, *_parts(message)):
+            notes.update(dict.fromkeys(_unknown(flags, () if flags is message else None)))
         if said:
             notes.update(dict.fromkeys(counted(own * whole)))
         elif any(_is_on(message.get(key)) for key in _SWITCHES):
@@ -67,7 +68,9 @@ def example_weight(record: Mapping[str, Any], known: Sequence[str], notes: dict[
     flags = {key: record[key] for key in (_WEIGHT, *_SWITCHES) if key in record and key not in known}
     for key in _SWITCHES:
         # A column of figures may have such a name too.
-        if key in flags and flags[key] is not None and _switch(flags[key]) is None:
+        if key in flags and not _is_given(flags[key]):
+            continue
+        if key in flags and (isinstance(flags[key], float) or _switch(flags[key]) is None):
             notes[unknown_flag(key)] = None
             del flags[key]
     return _weight(flags, "")
@@ -85,7 +88,7 @@ def _weight(flags: Mapping[str, Any], place: str) -> float:
     """The product of all flags: one that says no is enough."""
     weight = _number(flags.get(_WEIGHT), f"{place}.{_WEIGHT}".lstrip("."))
     for key in _SWITCHES:
-        if flags.get(key) is None:
+        if not _is_given(flags.get(key)):
             continue
         on = _switch(flags[key])
         if on is None:
@@ -96,6 +99,11 @@ def _weight(flags: Mapping[str, Any], place: str) -> float:
             )
         weight *= on
     return weight
+
+
+def _is_given(value: object) -> bool:
+    """Whether a flag has a value; a table's cell is empty where its row has none."""
+    return value is not None and not (isinstance(value, str) and not value.strip())
 
 
 def _switch(value: object) -> bool | None:
@@ -112,8 +120,10 @@ def _is_on(value: object) -> bool:
 
 def _number(value: object, name: str) -> float:
     """A weight; 1 where none is given."""
-    if value is None:
+    if not _is_given(value):
         return 1.0
+    if isinstance(value, str) and value.strip().lower() in _WORDS:
+        return float(_WORDS[value.strip().lower()])
     try:
         weight = float(value) if isinstance(value, str | int | float) else math.nan
     except (ValueError, OverflowError):
@@ -132,7 +142,15 @@ def _is_kept(weight: float) -> bool:
     return math.isfinite(kept) and (kept > 0 or weight == 0)
 
 
-def _unknown(flags: Mapping[str, Any], known: Sequence[str]) -> Iterator[str]:
+def _parts(message: Message) -> list[Mapping[str, Any]]:
+    """The parts of a content, where it is a list of them."""
+    content = message.get("content")
+    return [part for part in content if isinstance(part, dict)] if isinstance(content, list) else []
+
+
+def _unknown(flags: Mapping[str, Any], known: Sequence[str] | None) -> Iterator[str]:
+    """Notes of keys that look like flags; `known` is None where no flag at all is read."""
+    read = () if known is None else (_WEIGHT, *_SWITCHES, *known)
     for key in flags:
-        if looks_like_flag(key) and key not in (_WEIGHT, *_SWITCHES, *known) and flags[key] is not None:
+        if looks_like_flag(key) and key not in read and _is_given(flags[key]):
             yield unknown_flag(key)

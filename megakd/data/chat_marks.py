@@ -88,6 +88,15 @@ class Marked:
         number = bisect_right(self.places, position, key=lambda place: place.position)
         return (place for place in reversed(self.places[:number]) if self.find(place.character) is not None)
 
+    def heads(self) -> Iterator[str]:
+        """What stands before each message's content, since the mark before."""
+        before, seen = 0, set[int]()
+        for place in self.places:
+            if place.mark.message not in seen and place.mark.kind == "start":
+                yield self.text[before : place.position]
+            seen.add(place.mark.message)
+            before = place.position
+
     def tail(self, message: int) -> str | None:
         """The text behind a message's last mark, up to the next one of another message; None without such a mark."""
         own = self._of.get(message)
@@ -193,7 +202,7 @@ class MarkedConversation:
     def _marked_content(self, number: int, content: object, style: Style) -> object:
         if isinstance(content, str):
             if not content.strip():
-                return content + self._new(number, "start") if style.empty and content == "" else content
+                return content + self._new(number, "start") if style.empty else content
             return self._put(self._put(content, number, "start", style), number, "end", style)
         if isinstance(content, list):
             filled = [place for place, part in enumerate(content) if _text_of(part).strip()]

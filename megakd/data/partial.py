@@ -12,7 +12,7 @@ from typing import Any
 
 from megakd.common.errors import UserError
 from megakd.common.locks import try_lock
-from megakd.data.records import EMPTY
+from megakd.data.records import IN_ORDER
 from megakd.data.sources import Source
 
 # Renamed in this order: without its index nobody takes the others for a data set.
@@ -165,7 +165,7 @@ class Partial:
             raise self._refusal(f"has read only {len(finished)} of the {len(self._sources)} files, and is complete")
         # A journal of before ids were kept says nothing of the ids that it has.
         self.state = State(**{"max_id": None} | last["state"])
-        if not skips and set(self.state.dropped) - {EMPTY.reason}:
+        if not skips and set(self.state.dropped) - {problem.reason for problem in IN_ORDER}:
             raise self._refusal("was begun with --on-error skip, and has skipped lines")
         self.done = len(finished)
 

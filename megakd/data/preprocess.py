@@ -19,7 +19,7 @@ from megakd.data.fingerprint import fingerprint, write_metadata
 from megakd.data.indexed import MASK_ENDING, WEIGHT_ENDING
 from megakd.data.partial import Partial, check_outputs, output_paths
 from megakd.data.progress import InputBar, note
-from megakd.data.records import EMPTY, MASK_VERSION, MISSING_KEY, UNKNOWN_FLAG, EncoderSettings, Problem
+from megakd.data.records import IN_ORDER, MASK_VERSION, MISSING_KEY, UNKNOWN_FLAG, EncoderSettings, Problem
 from megakd.data.sources import DocumentsSource, Source, file_sources
 from megakd.data.text_encoder import TextSettings
 from megakd.data.token_writer import TokenWriter, WeightWriter, lengths_path, token_dtype
@@ -270,7 +270,7 @@ class _Run:
                 state.longest, state.longest_place = length, f"{self._sources[source].name}:{line}"
 
     def _drop(self, name: str, line: int, problem: Problem) -> None:
-        if problem != EMPTY:
+        if problem not in IN_ORDER:
             if self._on_error == "stop":
                 raise _stopped(name, line, problem)
             if self._shown < SHOWN_PROBLEMS:

@@ -52,8 +52,10 @@ UNKNOWN_FLAG = "key that looks like a flag and is not understood: "
 Item = tuple[int, Record | Problem]
 
 MISSING_KEY = "missing key"
-# The one problem that never stops a run: a record that is in order and has nothing to learn from.
+# The problems that never stop a run: a record that is in order and has nothing to learn from.
 EMPTY = Problem("empty")
+ALL_SKIPPED = Problem("nothing to learn", "all assistant turns are flagged not to be learned")
+IN_ORDER = (EMPTY, ALL_SKIPPED)
 NOT_UTF8 = Problem("not UTF-8 text")
 
 

@@ -60,7 +60,9 @@ def _unmarked_inside(conversation: Conversation, marked: MarkedConversation, spa
             for span in spans:
                 inside = marked.here.text[span.start : span.end]
                 if said in inside and not any(said in own for own in _said(conversation, span)):
-                    return f"the text of message {number} ({message['role']}) may lie inside a turn of the assistant"
+                    at = span.start + inside.index(said)
+                    what = f"the text of message {number} ({message['role']}) may lie inside a turn of the assistant"
+                    return f"{what}{_at(marked.here.text, at)}"
     return None
 
 
@@ -79,10 +81,17 @@ def _calls(conversation: Conversation, marked: MarkedConversation, spans: Sequen
         names = marked.call_names(number)
         missing = [name for name, character in names if marked.here.find(character) is None]
         if missing:
-            return f"the call of {missing[0]!r} in message {number} is not in the text: the chat template leaves it out"
+            shown = _at(text, places[-1].position) if places else ""
+            return (
+                f"the call of {missing[0]!r} in message {number} is not in the text{shown}: the chat template writes "
+                "no calls, or not all of them. Use one for tools, or leave the calls out"
+            )
+        if eos and eos in str(conversation.messages[number]):
+            continue
         for one, other in zip(places, places[1:], strict=False):
             between = text[one.position : other.position]
-            if eos and one.mark.kind == "call" and other.mark.kind != "call" and eos in between:
+            if eos and one.mark.kind == "call" and eos in between:
                 at = one.position + between.index(eos)
-                return f"the chat template writes message {number} as two turns{_at(text, at)}"
+                what = f"the chat template writes message {number} as two turns{_at(text, at)}"
+                return f"{what}; where a call has no content, null may help in place of an empty text"
     return None

@@ -121,6 +121,37 @@ CALL_END = '<|call|>add {"a": 1}<|/call|><|end|>'
             BODY + "{% if tools %}{{ tools }}{% else %}<|turn|>tools<|body|>none<|end|>{% endif %}"
             + ASKED, TWO, ["blue.<|end|>", "green.<|end|>"],
         ),
+        (BODY + ASKED, [assistant("Hello."), *ONE], ["Hello.<|end|>", "blue.<|end|>"]),
+        (
+            "{% for m in messages %}<|turn|>{{ m.role }}<|body|>{% if m.role == 'assistant' %}{{ '{' }}\"text\": "
+            "{{ m.content | tojson }}}{% else %}{{ m.content }}{% endif %}<|end|>{% endfor %}" + ASKED,
+            [assistant("Hello."), *ONE], ['{"text": "Hello."}<|end|>', '{"text": "blue."}<|end|>'],
+        ),
+        # Behind every turn, and behind calls that have an end of their own or none.
+        (
+            "{% for m in messages %}<|turn|>{{ m.role }}<|body|>{{ m.content }}<|end|>{% if m.role == 'assistant' %}"
+            "<|time|>12:00<|/time|>{% endif %}{% endfor %}" + ASKED, [*ONE, *ONE], ["blue.<|end|>", "blue.<|end|>"],
+        ),
+        (
+            "{% for m in messages %}<|turn|>{{ m.role }}<|body|>{{ m.content or '' }}" + CALLS +
+            "{{ '<|result|>' if m.tool_calls else '<|end|>' }}{% endfor %}<|turn|>system<|body|>Be brief.<|end|>"
+            + ASKED, CALLED[:2], ['<|call|>add {"a": 1}<|/call|><|result|>'],
+        ),
+        (
+            "{% for m in messages %}<|turn|>{{ m.role }}<|body|>{{ m.content or '' }}" + CALLS +
+            "{{ '<|result|>' if m.tool_calls else '<|end|>' }}{% endfor %}" + ASKED,
+            [*CALLED[:2], result(1, "\n"), CALLED[3]],
+            ['<|call|>add {"a": 1}<|/call|><|result|>', "It is three.<|end|>"],
+        ),
+        (
+            "{% for m in messages %}<|turn|>{{ m.role }}<|body|>{{ m.content or '' }}" + CALLS +
+            "{{ '<|end|>' if not m.tool_calls }}{% endfor %}<|turn|>tools<|body|>none<|end|>" + ASKED,
+            CALLED[:2], ['<|call|>add {"a": 1}<|/call|>'],
+        ),
+        (
+            "{% for m in messages %}<|turn|>{{ m.role }}<|body|>{{ m.content or '' }}" + CALLS + "<|end|>{% endfor %}"
+            "<|turn|>assistant", CALLED[:2], ["<|body|>" + CALL_END],
+        ),
         # Two answers in a row: the header of the second is context.
         (
             "{% for m in messages %}{{ '<|end|>' if not loop.first }}<|turn|>{{ m.role }}<|body|>{{ m.content }}"
@@ -183,6 +214,25 @@ REFUSED = [
         "{% endfor %}" + ASKED,
         [user("sum?"), assistant("Now.", tool_calls=[call(1, a=1)]), result(1, "3"), assistant("3.")],
         "as two turns",
+    ),
+    (
+        "{% for m in messages %}{% for c in m.tool_calls or [] %}<|turn|>assistant<|body|><|call|>{{ c.function.name }}"
+        "<|/call|></s>{% endfor %}{% if m.content %}<|turn|>{{ m.role }}<|body|>{{ m.content }}</s>{% endif %}"
+        "{% endfor %}" + ASKED,
+        [user("?"), assistant(None, tool_calls=[call(1), call(2, "sub")]), result(1, "3"), assistant("3.")],
+        "as two turns",
+    ),
+    (
+        "{% for m in messages %}<|turn|>{{ m.role }}<|body|>{{ m.content or '' }}<|end|>{% if m.tool_calls %}"
+        "<|turn|>call<|body|>" + CALLS + "<|end|>{% endif %}{% endfor %}" + ASKED,
+        [user("sum?"), assistant("Now.", tool_calls=[call(1, a=1)]), result(1, "3"), assistant("3.")],
+        "turns of several kinds",
+    ),
+    (
+        "{% for m in messages %}{% if m.reasoning_content %}<|turn|>think<|body|>{{ m.reasoning_content }}<|end|>"
+        "{% endif %}<|turn|>{{ m.role }}<|body|>{{ m.content }}<|end|>{% endfor %}" + ASKED,
+        [user("red?"), assistant("blue.", reasoning_content="Hm.")],
+        "1 cannot be told",
     ),
     # An answer that is not there as it is said, and one that is there twice.
     (BODY.replace("m.content", "m.content[::-1]"), [user("red?"), assistant("some words")], "1 cannot be told"),

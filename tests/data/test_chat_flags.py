@@ -56,7 +56,8 @@ def learned(folder: Path, found: Encoded | Problem) -> list[tuple[str, int, floa
 BAD, GOOD = "bad<|im_end|>", "good<|im_end|>"
 OFF: list[dict[str, Any]] = [
     {"weight": 0}, {"weight": 0.0}, {"weight": "0"}, {"train": False}, {"train": 0}, {"trainable": False},
-    {"trainable": "false"}, {"loss": False}, {"loss": 0.0}, {"loss_mask": 0}, {"loss_mask": False},
+    {"trainable": "false"}, {"weight": "false"}, {"train": "off"}, {"loss": False}, {"loss": 0.0}, {"loss_mask": 0},
+    {"loss_mask": False},
     {"weight": 1, "train": False}, {"weight": 0, "train": True},
 ]  # fmt: skip
 
@@ -74,7 +75,15 @@ def test_a_turn_that_is_flagged_off_is_not_learned(folder: Path, flags: dict[str
 
 
 @pytest.mark.parametrize(
-    "flags", [{}, {"weight": None, "train": None}, {"weight": 1.0}, {"loss": True}, {"loss_mask": 1}]
+    "flags",
+    [
+        {},
+        {"weight": None, "train": None},
+        {"weight": "", "loss": " "},
+        {"weight": 1.0},
+        {"loss": True},
+        {"loss_mask": 1},
+    ],
 )
 def test_what_is_on_or_not_said_is_learned(folder: Path, flags: dict[str, Any]) -> None:
     found = encode(folder, conversation(flags))
@@ -93,7 +102,10 @@ def test_numbers_weigh(folder: Path) -> None:
 def test_flags_of_a_record_hold_for_all_its_turns(folder: Path) -> None:
     for flags in OFF:
         found = encode(folder, conversation({}, **flags))
-        assert isinstance(found, Problem) and "flagged" in str(found), flags
+        if isinstance(flags.get("loss"), float):  # a column of figures
+            assert isinstance(found, Encoded) and found.notes == (unknown_flag("loss"),)
+        else:
+            assert isinstance(found, Problem) and "flagged" in str(found), flags
     settings = InstructionSettings()
     encoder = settings.build(load_tokenizer(folder))
     pair = {"prompt": "red? ", "response": "blue."}
@@ -137,6 +149,9 @@ def test_keys_that_look_like_flags_and_are_not_understood_are_noted(folder: Path
     found = encode(folder, record)
     assert isinstance(found, Encoded)
     assert set(found.notes) == {unknown_flag("train_detail"), unknown_flag("sampleWeights")}
+    part = {"type": "text", "text": "bad", "train": False}
+    found = encode(folder, conversation({"content": [part]}))
+    assert isinstance(found, Encoded) and found.notes == (unknown_flag("train"),)
 
 
 def test_flags_of_others(folder: Path) -> None:
