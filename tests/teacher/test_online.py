@@ -20,7 +20,7 @@ VOCABULARIES = {"teacher_larger": (260, 300), "teacher_smaller": (300, 250), "te
 def first_gradient(values: dict[str, Any]) -> tuple[float, dict[str, torch.Tensor]]:
     run = build(values)
     batches = run.batches()
-    total, _, _, tokens = run.accumulate(batches.microbatches(0))
+    total, _, _, tokens, _ = run.accumulate(batches.microbatches(0))
     batches.close()
     return total / tokens, gather_gradients(run.student)
 
