@@ -7,17 +7,17 @@ the header that asks for it, up to a message that is the last, and with another 
 
 from __future__ import annotations
 
-import os
+import json
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from contextlib import suppress
+from functools import lru_cache
+from typing import NamedTuple
 
 from megakd.data.chat_marks import ASSISTANT, Marked, MarkedConversation, texts_of
-from megakd.data.chat_template import REASONING, Conversation, Message, RecordError
-from megakd.data.chat_units import TurnEnds, units_of
-from megakd.data.span_checks import check_spans, excerpt
-
-NOT_FOUND = "assistant's turn not found"
-REMEDY = "Use a template with {% generation %} (--chat-template FILE)"
+from megakd.data.chat_template import REASONING, ChatTemplate, Conversation, Message, RecordError
+from megakd.data.chat_units import units_of
+from megakd.data.span_checks import NOT_FOUND, REMEDY, check_spans, excerpt
+from megakd.data.span_ends import SpanEnds
 
 
 class Span(NamedTuple):
@@ -42,7 +42,7 @@ def find_assistant_spans(conversation: Conversation) -> tuple[str, list[Span]]:
     if conversation.template.has_blocks:
         spans = _spans_of_blocks(conversation, marked, text)
     else:
-        spans = _Finder(conversation, marked).spans()
+        spans = _Finder(conversation, marked, _known(conversation)).spans()
     problem = check_spans(conversation, marked, spans)
     if problem is not None:
         raise RecordError(NOT_FOUND, f"{problem}. {REMEDY}")
@@ -68,26 +68,65 @@ def _spans_of_blocks(conversation: Conversation, marked: MarkedConversation, tex
     return [span if span.message is not None else span._replace(message=known) for span in spans]
 
 
+class _Known(NamedTuple):
+    """What is known of a template.
+
+    Attributes:
+        headers: lengths by the text between two messages.
+        ends: by the text behind a message, and whether that is the last one.
+        openers: marks that begin messages.
+    """
+
+    headers: dict[str, int]
+    ends: dict[tuple[str, bool], str]
+    openers: frozenset[str]
+
+
+def _known(conversation: Conversation) -> _Known:
+    """What a short conversation shows of the template, whose text is the same in longer ones, tools aside."""
+    known = _known_of(conversation.template, json.dumps(conversation.arguments, sort_keys=True, default=str))
+    return known if conversation.tools is None else _Known({}, {}, known.openers)
+
+
+@lru_cache(maxsize=64)
+def _known_of(template: ChatTemplate, arguments: str) -> _Known:
+    said = (("system", "Help."), ("user", "What?"), (ASSISTANT, "This."), ("user", "And then?"), (ASSISTANT, "That."))
+    messages: list[Message] = [{"role": role, "content": content} for role, content in said]
+    known = _Known({}, {}, frozenset())
+    found: list[tuple[Conversation, MarkedConversation]] = []
+    # A system message shows its header where the template has a place for one, and a question that is first its own.
+    for some in (messages, messages[1:]):
+        conversation = Conversation(template, some, None, json.loads(arguments))
+        text = conversation.try_render(some)
+        if text is not None:
+            found.append((conversation, MarkedConversation(conversation, text)))
+            openers = _Finder(*found[-1], known).known.openers
+            known = _Known({}, {}, known.openers | openers)
+    if not found:
+        return known
+    finder = _Finder(*found[-1], known)
+    with suppress(RecordError):
+        finder.spans()
+    return finder.known
+
+
 class _Finder:
-    def __init__(self, conversation: Conversation, marked: MarkedConversation) -> None:
+    def __init__(self, conversation: Conversation, marked: MarkedConversation, known: _Known) -> None:
         self._conversation = conversation
         self._marked = marked
         self._messages = conversation.messages
         self._text = marked.here.text
         template = conversation.template
         self._units = units_of(template.special_tokens)
-        self._turn_ends = TurnEnds(
-            self._units,
-            list(marked.here.heads()),
-            eos=template.eos_token,
-            bos=template.bos_token,
-            end_of_questions=self._end_of_questions,
-        )
-        # Headers and ends by the text around them: a long conversation has few that differ.
-        self._headers: dict[str, int] = {}
-        self._ends: dict[tuple[str, bool], str] = {}
-        self._answers_end: str | None = None
+        # Headers and ends by the text around them: a long conversation has few that differ, and most have those of any.
+        self._headers = dict(known.headers)
+        self._ends = SpanEnds(conversation, marked, self._units, known.ends, known.openers)
         self._header: str | None = None
+
+    @property
+    def known(self) -> _Known:
+        """What has been found so far."""
+        return _Known(self._headers, self._ends.known, self._ends.turn_ends.openers)
 
     def spans(self) -> list[Span]:
         spans: list[Span] = []
@@ -99,7 +138,7 @@ class _Finder:
             if own is None:
                 continue
             start = self._start(number, own, after)
-            spans.append(Span(start, max(start, self._end(number, own, start)), number))
+            spans.append(Span(start, max(start, self._ends.end(number, own, start)), number))
             self._refuse_turns_within(number)
         return spans
 
@@ -172,8 +211,8 @@ class _Finder:
         places, said = self._marked.here.of(number), str(self._messages[number])
         for one, other in zip(places, places[1:], strict=False):
             between = self._text[one.position : other.position]
-            at = self._turn_ends.header_at(between) if one.mark.kind != "start" else None
-            if at is None or not self._turn_ends.ends_a_turn(between[:at]) or between[at:].split()[0][:8] in said:
+            at = self._ends.turn_ends.header_at(between) if one.mark.kind != "start" else None
+            if at is None or not self._ends.turn_ends.ends_a_turn(between[:at]) or between[at:].split()[0][:8] in said:
                 continue
             if not between[at:].startswith(self._asked_header().strip() or between[at:]):
                 raise RecordError(
@@ -222,7 +261,7 @@ class _Finder:
             return None  # within the header: a turn of another kind
         # Behind what ends the message before, of which the header's beginning is told from the text without it.
         begin = self._anchor(unasked, len(unasked.text))[0]
-        end = self._turn_ends.header_at(self._text[begin:differ])
+        end = self._ends.turn_ends.header_at(self._text[begin:differ])
         return differ if has_header and max(after, begin + (end or 0)) < differ <= bound else None
 
     def _unprompted(self, number: int, own: Sequence[int], after: int, bound: int) -> int:
@@ -298,97 +337,6 @@ class _Finder:
         here, there = self._anchor(other, position)
         return here + position - there if self._text.startswith(other.text[there:position], here) else None
 
-    def _end(self, number: int, own: Sequence[int], start: int) -> int:
-        said = max(own, default=start)
-        if number in self._marked.inner:
-            # Marks stand inside the outer spaces, of which the template may keep some.
-            content = (texts_of(self._messages[number]) or [""])[-1]
-            spaces = content[len(content.rstrip()) :]
-            said += len(os.path.commonprefix([spaces, self._text[said : said + len(spaces)]]))
-        tail = self._marked.here.tail(number)
-        key = (tail or "", number == len(self._messages) - 1)
-        if tail is None:
-            return max(said, start + len(self._end_behind(number, start)))
-        if key not in self._ends:
-            self._ends[key] = self._end_in(number, tail)
-        last = self._marked.here.of(number)[-1].position
-        return max(said, last + len(self._ends[key]))
-
-    def _end_in(self, number: int, tail: str) -> str:
-        """What ends the turn, of the text behind the message's last mark."""
-        here = self._marked.messages[: number + 1]
-        is_last = number == len(self._messages) - 1
-        alone = self._marked.here if is_last else self._marked.render(here)
-        others = [self._marked.render([*here, *more]) for more in self._followers(number)]
-        tails = [None if found is None else found.tail(number) for found in others]
-        return self._choose_end(number, tail, None if alone is None else alone.tail(number), tails)
-
-    def _end_behind(self, number: int, start: int) -> str:
-        """What ends the turn of a message without marks, which begins at `start`."""
-        here = list(self._messages[: number + 1])
-        is_last = number == len(self._messages) - 1
-        alone = self._text if is_last else self._conversation.try_render(here)
-        others = [self._conversation.try_render([*here, *more]) for more in self._followers(number)]
-        texts = [
-            one[start:] if one is not None and one[:start] == self._text[:start] else None for one in (alone, *others)
-        ]
-        if not any(text is not None for text in texts):
-            raise self._no_end(number, start)
-        return self._choose_end(number, self._text[start:], texts[0], texts[1:])
-
-    def _choose_end(self, number: int, tail: str, alone: str | None, followed: list[str | None]) -> str:
-        """See TurnEnds; `followed` is in the order of `_followers`."""
-        places = self._marked.here.of(number)
-        is_last = number == len(self._messages) - 1
-        if not places or places[-1].mark.kind != "call":
-            others = [text for text in followed if text is not None]
-            return self._turn_ends.end(tail, alone, others, is_last=is_last)
-        asked, answered = followed
-        found = self._turn_ends.call_end(tail, self._end_of_answers(), alone, asked, answered, is_last=is_last)
-        if found is None:
-            raise self._no_end(number, places[-1].position)
-        return found
-
-    def _end_of_answers(self) -> str:
-        """What the template writes behind an answer without calls; "" where it is no mark, or cannot be known."""
-        if self._answers_end is None:
-            asked, answered = (self._marked.new_mark() for _ in range(2))
-            asks: Message = {"role": "user", "content": f"{asked}And then?"}
-            answers: Message = {"role": ASSISTANT, "content": f"That.{answered}"}
-            texts = [self._conversation.try_render([asks, answers, *more]) for more in ([], [asks])]
-            tails = [None if one is None else one.partition(answered)[2].split(asked)[0] for one in texts]
-            alone, followed = tails
-            if followed is None:
-                end = "" if alone is None else self._turn_ends.end(alone, alone, [], is_last=False)
-            else:
-                end = self._turn_ends.end(followed, alone, [], is_last=False)
-            self._answers_end = end.strip() if self._units.has_mark(end) else ""
-        return self._answers_end
-
-    def _end_of_questions(self) -> str:
-        """What the template writes behind a question, whatever follows."""
-        marks = [self._marked.new_mark() for _ in range(2)]
-        asks: list[Message] = [{"role": "user", "content": f"And then?{mark}"} for mark in marks]
-        texts = [self._conversation.try_render(messages) for messages in (asks[:1], asks)]
-        tails = [one.partition(marks[0])[2].split("And then?")[0] for one in texts if one is not None]
-        return self._turn_ends.before_header(tails[-1], tails[:1]) if len(tails) == 2 else ""
-
-    def _no_end(self, number: int, position: int) -> RecordError:
-        return RecordError(
-            NOT_FOUND,
-            f"the end of message {number} cannot be told: the chat template writes it differently when it is the last"
-            f"{self._shown(position)}. {REMEDY}",
-        )
-
-    def _followers(self, number: int) -> list[list[Message]]:
-        """Messages that may come behind a message, marked: the user's, and results of its calls."""
-        mark = self._marked.new_mark()
-        asks: list[Message] = [{"role": "user", "content": f"{mark}And then?"}]
-        calls = self._messages[number].get("tool_calls")
-        if not isinstance(calls, list) or not calls:
-            return [asks]
-        return [asks, [_result(call, f"{mark}done") for call in calls]]
-
     def _remedy(self, number: int) -> str:
         if isinstance(self._messages[number].get("content"), str) and self._conversation.template.takes_parts:
             return f'Write its content as [{{"type": "text", "text": ...}}], or use {REMEDY[4:]}'
@@ -400,10 +348,3 @@ class _Finder:
 
 def _squeezed(text: str) -> str:
     return "".join(text.split())
-
-
-def _result(call: Any, content: str) -> Message:
-    inner = call.get("function", call) if isinstance(call, dict) else {}
-    name = inner.get("name") if isinstance(inner, dict) else None
-    found = {"tool_call_id": call.get("id") if isinstance(call, dict) else None, "name": name}
-    return {"role": "tool", "content": content, **{key: value for key, value in found.items() if value is not None}}

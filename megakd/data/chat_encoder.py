@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from megakd.data.assistant_spans import NOT_FOUND, Span, find_assistant_spans
+from megakd.data.assistant_spans import Span, find_assistant_spans
 from megakd.data.chat_flags import message_weights
 from megakd.data.chat_marks import ASSISTANT
 from megakd.data.chat_template import REASONING, Conversation, Message, RecordError, load_templates
@@ -34,6 +34,7 @@ from megakd.data.records import (
     Record,
     text_problem,
 )
+from megakd.data.span_checks import NOT_FOUND
 from megakd.data.template_arguments import arguments_of, check_arguments, tools_of
 from megakd.data.tokenizer import HuggingFaceTokenizer, Tokenizer
 

@@ -64,11 +64,19 @@ class TurnEnds:
         heads: what stands right before each message's text; the first is all of the text up to there.
         eos: the end-of-text token, which may stand behind the end of the last turn; "" where there is none.
         bos: the token that a text may begin with.
+        openers: marks that are known to begin messages.
         end_of_questions: gives what ends a turn of the user, "" where that cannot be told.
     """
 
     def __init__(
-        self, units: Units, heads: Sequence[str], *, eos: str, bos: str, end_of_questions: Callable[[], str]
+        self,
+        units: Units,
+        heads: Sequence[str],
+        *,
+        eos: str,
+        bos: str,
+        openers: frozenset[str],
+        end_of_questions: Callable[[], str],
     ) -> None:
         self._units = units
         self._eos = eos
@@ -80,7 +88,7 @@ class TurnEnds:
         self._header = leading
         # The first unit of every header, where that is a mark.
         self._begins = set(filter(units.is_mark, leading[:1]))
-        self._openers = (self._begins | set(self._nearest(heads))) - {eos}
+        self.openers = (openers | self._begins | frozenset(self._nearest(heads))) - {eos}
 
     def _nearest(self, heads: Sequence[str]) -> Iterator[str]:
         """Marks right before a message's text, which are of its header, as <|user|> is."""
@@ -152,7 +160,7 @@ class TurnEnds:
 
     def _ends_in_mark(self, text: str) -> bool:
         last = self._units.of(text)[-1:]
-        return bool(last) and self._units.is_mark(last[0]) and last[0] not in self._openers
+        return bool(last) and self._units.is_mark(last[0]) and last[0] not in self.openers
 
     def _without_header(self, units: list[str]) -> list[str]:
         """Without the beginning of a header that all texts have next."""
@@ -163,7 +171,7 @@ class TurnEnds:
         return units
 
     def _has_header(self, text: str) -> bool:
-        return any(unit in self._openers for unit in self._units.of(text))
+        return any(unit in self.openers for unit in self._units.of(text))
 
     def ends_a_turn(self, text: str) -> bool:
         """Whether the text ends in what ends a question, or texts."""
@@ -177,8 +185,8 @@ class TurnEnds:
         """Up to the last mark with what is glued to it; where words stand between marks, to the one that ends turns."""
         first = next((unit for unit in units if not unit.isspace()), "")
         marks = [number for number, unit in enumerate(units) if self._units.is_mark(unit)]
-        if first in self._openers or not marks:
-            return "" if first in self._openers else "".join(units).rstrip()
+        if first in self.openers or not marks:
+            return "" if first in self.openers else "".join(units).rstrip()
         stop = marks[-1] + 1
         if not all(map(self._units.is_mark_or_space, units[marks[0] :])):
             # What stands behind the end of every turn, such as the time, is not the assistant's.
@@ -192,12 +200,12 @@ class TurnEnds:
 
     def _marks(self, units: list[str]) -> str:
         """The marks that the units begin with, up to one that begins a message."""
-        first = takewhile(lambda unit: self._units.is_mark_or_space(unit) and unit not in self._openers, units)
+        first = takewhile(lambda unit: self._units.is_mark_or_space(unit) and unit not in self.openers, units)
         return "".join(first).rstrip()
 
     def _end_of_text(self, rest: str, is_ended: bool) -> str:
         """What ends the text behind the last turn: the end-of-text token, or marks where it has no other end."""
         units = self._units.of(rest.strip())
         if units == [self._eos] or (not is_ended and all(map(self._units.is_mark_or_space, units))):
-            return rest.rstrip() if not self._openers.intersection(units) else ""
+            return rest.rstrip() if not self.openers.intersection(units) else ""
         return ""

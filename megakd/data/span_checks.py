@@ -12,6 +12,8 @@ from megakd.data.chat_template import Conversation
 if TYPE_CHECKING:
     from megakd.data.assistant_spans import Span
 
+NOT_FOUND = "assistant's turn not found"
+REMEDY = "Use a template with {% generation %} (--chat-template FILE)"
 _SHOWN = 30
 
 

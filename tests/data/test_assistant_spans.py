@@ -307,13 +307,13 @@ def test_renderings_do_not_grow_with_the_turns(folders: dict[bool, Path], monkey
             load_tokenizer(folders[template.specials])
         )
         counts = []
-        for turns in (4, 32):
+        for turns in (1, 4, 32):  # the first one also looks at the template
             messages = [one for n in range(turns) for one in (user(f"q{n}"), assistant(f"a{n}"))]
             count = 0
             [found] = encoder.encode([{"messages": messages}])
             assert isinstance(found, Encoded)
             counts.append(count)
-        assert counts[0] == counts[1] < 16, (name, counts)
+        assert counts[1] == counts[2] < 6, (name, counts)
 
 
 WORDS = st.sampled_from(
