@@ -81,6 +81,7 @@ class TurnEnds:
         self._units = units
         self._eos = eos
         self._end_of_questions = end_of_questions
+        self._ends: frozenset[str] | None = None
         head = heads[0] if heads else ""
         leading = units.first(head, _HEADER_UNITS)
         while leading and (leading[0].isspace() or (leading[0] in (bos, eos) and len(leading) > 1)):
@@ -175,11 +176,13 @@ class TurnEnds:
 
     def ends_a_turn(self, text: str) -> bool:
         """Whether the text ends in what ends a question, or texts."""
-        return bool(set(self._units.of(text.rstrip())[-1:]) & self._ends_of_turns())
+        return not self._ends_of_turns().isdisjoint(self._units.of(text.rstrip())[-1:])
 
-    def _ends_of_turns(self) -> set[str]:
-        marks = [unit for unit in self._units.of(self._end_of_questions()) if self._units.is_mark(unit)]
-        return {self._eos, *marks[-1:]}
+    def _ends_of_turns(self) -> frozenset[str]:
+        if self._ends is None:
+            marks = [unit for unit in self._units.of(self._end_of_questions()) if self._units.is_mark(unit)]
+            self._ends = frozenset({self._eos, *marks[-1:]} - {""})
+        return self._ends
 
     def _up_to_end(self, units: list[str]) -> str:
         """Up to the last mark with what is glued to it; where words stand between marks, to the one that ends turns."""
