@@ -1,7 +1,7 @@
 """Which characters of a rendered conversation the assistant wrote, found without knowing the template.
 
 Every text of every message is marked (chat_marks), so that it is known where each of them stands. What the template
-writes around them is told apart by rendering the conversation as it would be at another moment: up to a message with
+writes around them is found by rendering the conversation as it would be at another moment: up to a message with
 the header that asks for it, up to a message that is the last, and with another message behind it.
 """
 

@@ -109,7 +109,7 @@ class TeacherCheck:
         value, measured = total / count, self.measured
         if first.identity != measured.identity:
             if first.identity is not None:
-                log.info("the teacher's first figure is of another teacher, layout or held-out data, and taken anew")
+                log.info("the teacher's first figure is of another teacher, layout or held-out data, and taken again")
             first = TeacherFigure(identity=measured.identity)
         if first.value is None:
             self._look_at_first(value, step)
