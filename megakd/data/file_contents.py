@@ -196,8 +196,10 @@ def _json_format(text: str, whole: bool, suffix: str) -> Format | None:
     """Which of the JSON formats the text is, "json" too where it should be one and is broken; None where it is none."""
     by_lines, first = _ENDINGS.get(suffix) == "jsonl", text.lstrip()[:1]
     start = len(text) - len(text.lstrip())
+    if not first and not whole and suffix not in _DECIDED:
+        return "json"  # nothing but spaces so far: prose is refused by its reader, with a remedy
     if first not in ("{", "["):
-        return "jsonl" if suffix not in _DECIDED and _mostly_records(text) else None
+        return _behind_a_heading(text, start, whole, suffix)
     if suffix in _MAY_BEGIN_SO and not _is_json(text, start, whole):
         return None
     try:
@@ -207,7 +209,9 @@ def _json_format(text: str, whole: bool, suffix: str) -> Format | None:
     except (ValueError, RecursionError):
         # Of broken lines each is told by itself, which an object over several lines is not.
         is_line = by_lines and first == "{" and text[start:].partition("\n")[0].strip() != "{"
-        return "json" if _RECORDS.match(text) and not is_line else None
+        if _RECORDS.match(text):
+            return None if is_line else "json"
+        return _behind_a_heading(text, start, whole, suffix)
     rest = text[end:].lstrip()
     if not rest:
         return "json"
@@ -220,6 +224,19 @@ def _json_format(text: str, whole: bool, suffix: str) -> Format | None:
         return "json"
     ends_line = "\n" in text[end : len(text) - len(rest)]
     return "jsonl" if ends_line or (by_lines and rest[0] != "{") else "json"
+
+
+def _behind_a_heading(text: str, start: int, whole: bool, suffix: str) -> Format | None:
+    """Which JSON format follows a first line that is none: records by lines, or JSON to the end; None for neither."""
+    if suffix in _DECIDED:
+        return None
+    if _mostly_records(text):
+        return "jsonl"
+    line_end = text.find("\n", start)
+    rest = text[line_end:] if line_end >= 0 else ""
+    if suffix not in _MAY_BEGIN_SO and _RECORDS.match(rest) and _is_json(text, line_end, whole):
+        return "json"
+    return None
 
 
 def _is_json(text: str, start: int, whole: bool) -> bool:

@@ -327,3 +327,36 @@ def test_what_is_json_throughout_is_never_a_document_itself(
     ]
     for _, value in items_of(path):
         assert isinstance(value, Problem) or value["text"] in allowed
+
+
+RECORDS = '{"text": "line 0"}\n{"text": "line 1"}\n{"text": "line 2"}\n'
+
+
+@pytest.mark.parametrize("ending", ["txt", "log", ""])
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{text: "a"}\n' + RECORDS,
+        "[INFO] begun\n" + RECORDS,
+        "[2024-01-01] export\n" + RECORDS,
+        "Data export\n" + json.dumps([{"text": "a"}, {"text": "b"}], indent=2),
+        "// export\n" + json.dumps([{"text": "a"}]),
+        "# a\n" + json.dumps({"text": "a"}, indent=2),
+        " " * 70_000 + RECORDS,
+        "\n" * 70_000 + RECORDS,
+    ],
+)
+def test_json_behind_what_is_none_is_no_document(tmp_path: Path, ending: str, text: str) -> None:
+    path = tmp_path / f"export.{ending}".rstrip(".")
+    path.write_text(text)
+    assert contents_of(path).format in ("json", "jsonl")
+
+
+def test_prose_with_an_example_in_it_is_text(tmp_path: Path) -> None:
+    for name, text in {
+        "a.txt": 'Write\n{"a": 1}\nand so on.\n',
+        "b.md": '# Title\n{"a": 1}\n',
+        "c.py": '# x\n{"a": 1}\n',
+    }.items():
+        (tmp_path / name).write_text(text)
+        assert contents_of(tmp_path / name).format == "text", name
