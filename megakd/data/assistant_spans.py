@@ -83,9 +83,12 @@ class _Known(NamedTuple):
 
 
 def _known(conversation: Conversation) -> _Known:
-    """What a short conversation shows of the template, whose text is the same in longer ones, tools aside."""
-    known = _known_of(conversation.template, json.dumps(conversation.arguments, sort_keys=True, default=str))
-    return known if conversation.tools is None else _Known({}, {}, known.openers)
+    """What a short conversation shows of the template, whose text is the same in longer ones, tools and documents aside."""
+    # What differs from record to record, as documents do, would be looked at again for each.
+    simple = {name: value for name, value in conversation.arguments.items() if not isinstance(value, list | dict)}
+    known = _known_of(conversation.template, json.dumps(simple, sort_keys=True, default=str))
+    is_whole = conversation.tools is None and len(simple) == len(conversation.arguments)
+    return known if is_whole else _Known({}, {}, known.openers)
 
 
 @lru_cache(maxsize=64)
