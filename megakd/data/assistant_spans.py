@@ -83,7 +83,7 @@ class _Known(NamedTuple):
 
 
 def _known(conversation: Conversation) -> _Known:
-    """What a short conversation shows of the template, whose text is the same in longer ones, tools and documents aside."""
+    """What a short conversation shows of the template, whose text longer ones share, tools and documents aside."""
     # What differs from record to record, as documents do, would be looked at again for each.
     simple = {name: value for name, value in conversation.arguments.items() if not isinstance(value, list | dict)}
     known = _known_of(conversation.template, json.dumps(simple, sort_keys=True, default=str))

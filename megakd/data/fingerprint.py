@@ -171,7 +171,7 @@ def check_same_tokenizer(
     Args:
         models: those that read the data, the teacher before its student.
         key: the configuration key that messages name.
-        load: gives a folder's tokenizer, which need not be read for each data set anew.
+        load: gives a folder's tokenizer, which need not be read again for each data set.
 
     Returns:
         Lines to log: what could not be compared (data written by another tool, a model without tokenizer files) and
